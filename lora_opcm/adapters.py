@@ -1,0 +1,521 @@
+"""Adapters: module name → `LowRank` plus metadata; reading and writing PEFT, kohya and diffusers files.
+
+Reading never executes anything from a file and opens no path that a file names. Tensors are mapped from disk
+and read when used: replace a file that is loaded (as `save_adapter` does), do not overwrite it in place.
+"""
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import formats
+from .formats import LINEAR, AdapterError, Kind
+from .lowrank import LowRank
+
+__all__ = ["Adapter", "AdapterError", "Kind", "Stored", "combine", "load_adapter", "save_adapter"]
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(LowRank):
+    """A `LowRank` as it came from a file, which still knows its bytes, so that saving it loses nothing.
+
+    `left` is s·up and `right` is down, as matrices. Half precision factors stay what they are where s·up is
+    exact in them (s a power of two, as a rule), and are float32 here otherwise. Every operation on it gives a
+    plain `LowRank`.
+
+    Attributes
+    ----------
+    up, down : Tensor
+        As in the file: shape (a convolution's is 4-dimensional) and dtype.
+    scale : float
+        s.
+    alpha : Tensor, optional
+        kohya's scalar, as in the file.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    alpha: Tensor | None = None
+
+    @classmethod
+    def fold(cls, up: Tensor, down: Tensor, scale: float, alpha: Tensor | None = None) -> "Stored":
+        left, right = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        if scale != 1:
+            folded = left.to(dtype) * scale
+            if dtype in (torch.float16, torch.bfloat16):
+                wide = left.float() * scale
+                if not torch.equal(folded.float(), wide):
+                    folded, dtype = wide, torch.float32
+            left = folded
+        return cls(left.to(dtype), right.to(dtype), up, down, scale, alpha)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter:
+    """Low-rank updates of the modules of one base model, and what a file says besides.
+
+    Attributes
+    ----------
+    modules : dict of str to LowRank
+        Module name as in the base model, "encoder.layer.0.attention.self.query", to its ΔW (out, in) with the
+        scaling folded in, in the orientation of nn.Linear.weight whatever the layer is: an embedding is
+        (dim, vocabulary), a convolution (out, in·∏kernel). In the kohya format the names are the underscored
+        ones of the file, "lora_unet_mid_block_…", since the dots cannot be put back without guessing.
+    base_model : str, optional
+        What the file calls its base model; for kohya the family (`ss_base_model_version`). Never opened.
+    format : {"peft", "kohya", "diffusers"}
+    kinds : dict of str to Kind
+        Which modules are convolutions or embeddings; the others are linear.
+    config : dict
+        adapter_config.json, as it came.
+    saved : dict of str to Tensor
+        Full tensors that replace those of the base: `modules_to_save`, and embeddings peft wrote in full. One
+        adapter carries them from file to file, unchanged in dtype; `combine` demands that all agree.
+    metadata : dict of str to str
+        Of the safetensors header.
+    dtype : torch.dtype
+        Of the file, and of what is saved unless told otherwise. An update may be wider, see `Stored`.
+    source : str
+        Where it was loaded from, for messages.
+    """
+
+    modules: dict[str, LowRank]
+    base_model: str | None = None
+    format: str = "peft"
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    source: str = "adapter"
+
+    def __post_init__(self):
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", _widest(u.dtype for u in self.modules.values()))
+
+    def __repr__(self) -> str:
+        ranks = sorted({u.rank for u in self.modules.values()})
+        return (
+            f"Adapter({len(self.modules)} modules, rank {ranks}, {self.dtype}, {self.format}, {self.source})"
+        )
+
+    def norm(self) -> float:
+        """Frobenius norm ‖ΔW‖_F over all modules, in float64."""
+        return math.sqrt(sum(u.norm() ** 2 for u in self.modules.values()))
+
+    def delta(self, name: str) -> Tensor:
+        """The dense ΔW of one module in the shape of its base weight, for tests and teaching.
+
+        Transposed where the weight lies (in, out): embeddings, and linear layers if the config says
+        `fan_in_fan_out`. Shaped (out, in, *kernel) for convolutions.
+        """
+        update, kind = self.modules[name], self.kinds.get(name, LINEAR)
+        if kind.name == "conv":
+            return update.delta().reshape(update.shape[0], -1, *kind.kernel)
+        flip = kind.name == "embedding" or self.config.get("fan_in_fan_out")
+        return update.delta().mT if flip else update.delta()
+
+    def with_modules(self, modules: Mapping[str, LowRank]) -> "Adapter":
+        """The same metadata with other updates."""
+        config = self.config
+        if set(modules) != set(self.modules) and "target_modules" in config:
+            config = config | {"target_modules": None}  # they no longer say which modules; saving lists them
+        return replace(self, modules=dict(modules), config=config)
+
+    def regauge(self, seed: int = 0) -> "Adapter":
+        """The same updates with factors (left G, G⁻¹ right), for a random G ∈ GL(r) per module.
+
+        G = Q diag(d) with orthogonal Q and d between 1/2 and 2, so its condition number is at most 4.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        modules = {}
+        for name, u in self.modules.items():
+            q, _ = torch.linalg.qr(torch.randn(u.rank, u.rank, generator=generator, dtype=torch.float64))
+            d = 4 ** (torch.rand(u.rank, generator=generator, dtype=torch.float64) - 0.5)
+            modules[name] = u.regauge(q * d)
+        return self.with_modules(modules)
+
+
+def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adapter:
+    """One adapter with updates `modules`, and metadata that all of `adapters` agree on.
+
+    Kinds are united, the dtype is the widest, the rest is the first adapter's.
+
+    Raises
+    ------
+    AdapterError
+        If formats or base models differ (the last part of their names counts: a local copy of "org/name" is
+        the same), a module is another kind of layer in one of them, or full tensors (`saved`) are not equal.
+    """
+    first, kinds = adapters[0], {name: adapters[0].kinds.get(name, LINEAR) for name in adapters[0].modules}
+    for other in adapters[1:]:
+        both = f"{first.source} and {other.source}"
+        if other.format != first.format:
+            raise AdapterError(f"{both}: expected one format, got {first.format} and {other.format}")
+        bases = [(a.base_model or "").replace("\\", "/").rstrip("/") for a in (first, other)]
+        if all(bases) and len({b.rpartition("/")[2].lower() for b in bases}) > 1:
+            raise AdapterError(f"{both}: expected one base model, got {bases[0]} and {bases[1]}")
+        for name in other.modules:
+            kind = other.kinds.get(name, LINEAR)
+            if kinds.setdefault(name, kind) != kind:
+                raise AdapterError(
+                    f"{both}: {name}: expected one kind of layer, got {kinds[name]} and {kind}"
+                )
+        for name in sorted(first.saved.keys() | other.saved.keys()):
+            ours, theirs = first.saved.get(name), other.saved.get(name)
+            if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+                raise AdapterError(
+                    f"{both}: {name}: expected one full tensor (modules_to_save) in both, got different ones;"
+                    " a merge of low-rank updates has no rule for them"
+                )
+    kinds = {name: kind for name, kind in kinds.items() if kind != LINEAR}
+    return replace(first.with_modules(modules), kinds=kinds, dtype=_widest(a.dtype for a in adapters))
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def load_adapter(path: str | os.PathLike) -> Adapter:
+    """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
+
+    The format is detected by the keys. Scales: PEFT as its config says (`formats.Scales`); kohya α/r by the
+    module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
+    config it keeps in the header.
+
+    Raises
+    ------
+    AdapterError
+        For whatever is no plain LoRA (`formats.REFUSED_KEYS`, `formats.REFUSED_OPTIONS`), pickles, truncated
+        or corrupt files, factors that are not float or hold NaN or Inf, shapes that do not fit, half a
+        module, no module at all. The message names the file, the module, what came and what was expected.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weights_of(path)
+    if path.suffix.lower() in PICKLES:
+        raise AdapterError(
+            f"{path}: a pickle can run code when it is opened, so only safetensors are read; convert it where"
+            " you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
+        )
+    config = formats.read_config(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read(file, path, config)
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{path}: not a readable safetensors file (truncated?): {reason}") from error
+
+
+def _weights_of(folder: Path) -> Path:
+    for suffix in (".safetensors", *sorted(PICKLES)):
+        if (folder / WEIGHTS).with_suffix(suffix).is_file():
+            return (folder / WEIGHTS).with_suffix(suffix)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 and not (folder / CONFIG).is_file():
+        return files[0]
+    inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
+    hint = f"; there are adapters inside: {', '.join(inside[:5])}" if inside else ""
+    raise AdapterError(f"{folder}: expected {CONFIG} and {WEIGHTS}, or one .safetensors file{hint}")
+
+
+def _read(file, path: Path, config: dict | None) -> Adapter:
+    where, metadata = str(path), file.metadata() or {}
+    dialects, factors, rest = formats.group(file.keys(), where)
+    saved, scales = {}, None
+    if dialects <= {"peft"} and config is not None:
+        format, config_path = "peft", str(path.parent / CONFIG)
+        formats.check_config(config, config_path)
+        rest += [parts["alpha"] for parts in factors.values() if "alpha" in parts]
+        names = {k: formats.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
+        formats.refuse([k for k, name in names.items() if name is None], where)
+        saved = {name: _tensor(file, key, where, factor=False) for key, name in names.items()}
+        scales = formats.Scales(config, config_path)
+        base = config.get("base_model_name_or_path")
+    else:
+        formats.refuse(rest, where)
+        if len(dialects) > 1 and "kohya" in dialects:
+            raise AdapterError(f"{where}: expected keys of one format, got {' and '.join(sorted(dialects))}")
+        format, config = "kohya" if dialects == {"kohya"} else "diffusers", {}
+        if format == "diffusers":
+            scales = formats.header_scales(metadata, factors, where)
+        base = metadata.get("ss_base_model_version")
+    if not factors:
+        raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
+    modules, kinds = {}, {}
+    for name, parts in factors.items():
+        modules[name] = update = _update(file, name, parts, scales, where)
+        if "embedding" in parts:
+            kinds[name] = Kind("embedding")
+        elif update.down.ndim > 2:
+            kinds[name] = Kind("conv", tuple(update.down.shape[2:]))
+    dtype = _widest(t.dtype for u in modules.values() for t in (u.up, u.down))
+    base = base if isinstance(base, str) else None
+    return Adapter(modules, base, format, kinds, config, saved, metadata, dtype, where)
+
+
+def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Stored:
+    if "up" not in parts or "down" not in parts:
+        raise AdapterError(f"{where}: {name}: expected two factors, got only {min(parts.values())}")
+    up, down = (_tensor(file, parts[role], where) for role in ("up", "down"))
+    shapes = f"{where}: {name}: {parts['up']} is {tuple(up.shape)} and {parts['down']} {tuple(down.shape)}"
+    if up.ndim != down.ndim or up.ndim < 2 or set(up.shape[2:]) - {1} or not up.numel() * down.numel():
+        raise AdapterError(f"{shapes}, expected (m, r) and (r, n), or (out, r, 1, 1) and (r, in, h, w)")
+    rank = down.shape[0]
+    if up.shape[1] != rank:
+        hint = " (a grouped convolution?)" if up.ndim > 2 else ""
+        raise AdapterError(f"{shapes}, expected one rank, got {up.shape[1]} and {rank}{hint}")
+    alpha = _tensor(file, parts["alpha"], where) if "alpha" in parts else None
+    if alpha is None:
+        scale = scales(name, rank) if scales else 1.0
+    elif alpha.numel() != 1 or not float(alpha):
+        # Zero: kohya's trainer reads it as α = r, its merge script as no update at all.
+        raise AdapterError(f"{where}: {name}: alpha is {alpha.tolist()}, expected one nonzero number")
+    else:
+        scale = float(alpha) / rank
+    update = Stored.fold(up, down, scale, alpha)
+    if scale != 1 and not _finite(update.left):
+        raise AdapterError(f"{where}: {name}: scale {scale:g} times {parts['up']} overflows {update.dtype}")
+    return update
+
+
+def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
+    dtype = file.get_slice(key).get_dtype()
+    expected = FACTOR_DTYPES if factor else DTYPES.values()
+    if dtype not in expected:
+        raise AdapterError(f"{where}: {key} is {dtype} (quantised?), expected one of {', '.join(expected)}")
+    tensor = file.get_tensor(key)
+    if not _finite(tensor):
+        raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # One pass: NaN and Inf survive a sum. A sum may also overflow; only then each value is looked at.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, dict.fromkeys(dtypes)) if (dtypes := list(dtypes)) else torch.float32
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike,
+    format: str | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an adapter that other tools load, and return its path.
+
+    Updates that were not touched since loading (`Stored`) are written bit for bit, with the scale they came
+    with; all others with scale 1 (α = r) in the adapter's dtype. Everything goes to temporary names beside
+    the output and is renamed at the end, the config last: what was there stays whole until then.
+
+    Parameters
+    ----------
+    path : path
+        A folder for "peft", a .safetensors file for "kohya".
+    format : {"peft", "kohya"}, optional
+        The adapter's own unless given. PEFT and diffusers names can become kohya names
+        (`formats.kohya_names`). No other change of format is defined without the base model, and diffusers
+        files are read but not written.
+    overwrite : bool
+        Whether an adapter that is there may be replaced.
+    dtype : torch.dtype, optional
+        float64, float32, float16 or bfloat16 for all factors, instead of the adapter's.
+
+    Raises
+    ------
+    AdapterError
+        If the output exists, the format cannot hold the adapter, it is empty, or a value is not finite in the
+        dtype asked for.
+    OSError
+        If the disk cannot take it; nothing is left behind.
+    """
+    path, format = Path(path), format or adapter.format
+    if dtype is not None and DTYPES.get(dtype) not in FACTOR_DTYPES:
+        raise AdapterError(f"{path}: dtype is {dtype}, expected float64, float32, float16 or bfloat16")
+    if not adapter.modules:
+        raise AdapterError(f"{path}: an empty adapter: no module to write")
+    if format == "peft" == adapter.format:
+        return _save_folder(adapter, path, overwrite, dtype)
+    if format != "kohya":
+        raise AdapterError(
+            f"{path}: {adapter.source} has {adapter.format} names, expected to write them as they are (PEFT,"
+            f" kohya) or as kohya names, got format {format!r}"
+        )
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"{path}: a kohya adapter is one file, expected a name ending in .safetensors")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise AdapterError(f"{path}: exists already, and overwriting is not asked for (overwrite=True)")
+    if adapter.saved:
+        raise AdapterError(f"{path}: {next(iter(adapter.saved))} is a full tensor, which kohya cannot hold")
+    contents = _kohya_contents(adapter, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        write_safetensors(temporary, *contents)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.dtype | None) -> Path:
+    if folder.is_file():
+        raise AdapterError(f"{folder}: a PEFT adapter is a folder, got a file that exists")
+    found = [name for name in (CONFIG, WEIGHTS, "adapter_model.bin") if (folder / name).exists()]
+    if found and not overwrite:
+        raise AdapterError(
+            f"{folder}: {found[0]} exists already, and overwriting is not asked for (overwrite=True)"
+        )
+    sizes = {name: _size(update) for name, update in adapter.modules.items()}
+    config = formats.config_for(sizes, adapter.config, adapter.base_model)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A new folder appears by one rename. In one that is there, each file does, the config last; between the
+    # two, a reader that finds factors of one save and ranks of another refuses them.
+    fresh = not folder.exists()
+    target = _beside(folder) if fresh else folder
+    target.mkdir(exist_ok=not fresh)
+    files = {WEIGHTS: _beside(target / WEIGHTS), CONFIG: _beside(target / CONFIG)}
+    try:
+        write_safetensors(files[WEIGHTS], *_peft_contents(adapter, dtype))
+        _write(files[CONFIG], [text])
+        for name, temporary in files.items():
+            os.replace(temporary, target / name)
+        if fresh:
+            os.rename(target, folder)
+    finally:
+        for temporary in files.values():
+            temporary.unlink(missing_ok=True)
+        if fresh and target.exists():
+            shutil.rmtree(target)
+    return folder
+
+
+Contents = tuple[
+    dict[str, tuple[Tensor, torch.dtype]], dict[str, str]
+]  # key -> what, in which dtype; metadata
+
+
+def _peft_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
+    tensors = {}
+    for name in adapter.modules:
+        up, down = _factors(adapter, name, dtype)
+        ends = ".lora_B.weight", ".lora_A.weight"
+        if adapter.kinds.get(name, LINEAR).name == "embedding":
+            ends = ".lora_embedding_B", ".lora_embedding_A"
+        tensors[formats.PEFT_PREFIX + name + ends[0]] = up
+        tensors[formats.PEFT_PREFIX + name + ends[1]] = down
+    for name, tensor in adapter.saved.items():
+        tensors[formats.PEFT_PREFIX + name] = tensor, tensor.dtype
+    return tensors, {"format": "pt"} | adapter.metadata
+
+
+def _kohya_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
+    tensors, metadata = {}, adapter.metadata if adapter.format == "kohya" else {}
+    names = formats.kohya_names(adapter.modules, adapter.format, adapter.config, adapter.source)
+    for name, update in adapter.modules.items():
+        if adapter.kinds.get(name, LINEAR).name == "embedding":
+            raise AdapterError(f"{adapter.source}: {name} is an embedding, which kohya cannot hold")
+        new = names[name]
+        tensors[f"{new}.lora_up.weight"], tensors[f"{new}.lora_down.weight"] = _factors(adapter, name, dtype)
+        rank, scale = _size(update)
+        if getattr(update, "alpha", None) is not None:
+            tensors[f"{new}.alpha"] = update.alpha, update.alpha.dtype
+        elif not (isinstance(update, Stored) and adapter.format == "kohya"):
+            # Always float32: bfloat16 cannot hold a rank of 257.
+            tensors[f"{new}.alpha"] = torch.tensor(float(scale * rank)), torch.float32
+    if not all(isinstance(u, Stored) for u in adapter.modules.values()):
+        metadata = formats.kohya_header(metadata, [_size(u)[0] for u in adapter.modules.values()])
+    return tensors, metadata
+
+
+def _size(update: LowRank) -> tuple[int, float]:
+    """(rank, scale) in a file. An update that is zero has no direction left, but no loader takes rank 0."""
+    return max(update.rank, 1), getattr(update, "scale", 1.0)
+
+
+def _factors(adapter: Adapter, name: str, dtype: torch.dtype | None):
+    """(up, its dtype) and (down, its dtype), in the shapes of a file."""
+    update, kernel = adapter.modules[name], adapter.kinds.get(name, LINEAR).kernel
+    if isinstance(update, Stored):
+        return (update.up, dtype or update.up.dtype), (update.down, dtype or update.down.dtype)
+    up, down = update.left, update.right
+    if not update.rank:
+        up, down = up.new_zeros(up.shape[0], 1), down.new_zeros(1, down.shape[1])
+    if kernel:
+        up, down = up.reshape(*up.shape, *[1] * len(kernel)), down.reshape(down.shape[0], -1, *kernel)
+    return (up, dtype or adapter.dtype), (down, dtype or adapter.dtype)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], metadata: dict) -> None:
+    """Write tensors, each cast to its dtype on the way: nothing is held twice. Same input, same bytes.
+
+    Raises
+    ------
+    AdapterError
+        If a value is not finite in its dtype.
+    """
+    # Widest first keeps every tensor aligned, as safetensors itself does.
+    order = sorted(tensors, key=lambda k: (-tensors[k][1].itemsize, k))
+    header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for key in order:
+        tensor, dtype = tensors[key]
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[key] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def blocks():
+        yield len(text).to_bytes(8, "little") + text
+        for key in order:
+            tensor, dtype = tensors[key]
+            cast = tensor.detach().to("cpu", dtype).contiguous()
+            if not _finite(cast):
+                raise AdapterError(f"{path.parent}: {key} is not finite in {dtype}, expected a wider dtype")
+            yield cast.reshape(-1).view(torch.uint8).numpy()
+
+    _write(path, blocks())
+
+
+def _write(path: Path, blocks: Iterable) -> None:
+    with open(path, "xb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that no other process uses."""
+    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
