@@ -1,0 +1,166 @@
+"""OPCM, orthogonal-projection continual merging, in the core space.
+
+Source: Tang et al., "Merging Models on the Fly Without Retraining", arXiv 2501.09522, equations 5 to 9, and
+the code released with it (FusionBench). The two do not project alike; `variant` says which reading is meant.
+
+The projection does not see the scale of the merged update M, so λ never compounds: the state is the plain
+sum S = Σ P_t(Δ_t), and M is S times one final scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .adapters import Adapter
+from .lowrank import LowRank, nonzero_svd, reduce, working_dtype
+from .parallel import parallel_map
+
+VARIANTS = ("paper", "fusionbench")
+
+
+def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
+    """How many leading directions of the merged update are protected, from its singular values `s`.
+
+    `paper`: the smallest k whose leading values hold at least α of the nuclear norm (0 for α = 0, all for
+    α = 1). `fusionbench`: the count of leading values whose cumulative share does not exceed α; it is one
+    less wherever the share is not met exactly. (The released code returns 0 at α = 1, where its search for a
+    larger share finds none; we return all.)
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if alpha == 0 or not len(s):
+        return 0
+    share = s.cumsum(0) / s.sum()
+    if variant == "fusionbench":
+        return int((share <= alpha + 1e-12).sum())
+    return min(int((share < alpha - 1e-12).sum()) + 1, len(s))
+
+
+def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) -> Tensor:
+    """P(Δ): what of `delta` a merged update lets in; both (p, q), in any coordinates the two share.
+
+    With merged = UΣVᵀ and k = `cut`: `paper` keeps only the part with both indices beyond k,
+    (I − U_kU_kᵀ) Δ (I − V_kV_kᵀ); `fusionbench` clears the k×k block U_k(U_kᵀΔV_k)V_kᵀ. Both clear the
+    diagonal ⟨Δ, u_i v_iᵀ⟩ too, but only on numerically nonzero σ_i: beyond them a full SVD pads U and V with
+    an arbitrary basis, and clearing there would make the result depend on the LAPACK build.
+    """
+    u, s, vh = nonzero_svd(merged, dtype)
+    k = cut(s, alpha, variant)
+    if variant == "paper":
+        delta = delta - u[:, :k] @ (u[:, :k].mT @ delta)
+        delta = delta - (delta @ vh[:k].mT) @ vh[:k]
+        diagonal = ((u[:, k:].mT @ delta) * vh[k:]).sum(1)  # ⟨Δ, u_i v_iᵀ⟩ for i > k
+        return delta - (u[:, k:] * diagonal) @ vh[k:]
+    block = u.mT @ delta @ vh.mT
+    overlap = block.diagonal().diag()
+    overlap[:k, :k] = block[:k, :k]
+    return delta - u @ overlap @ vh
+
+
+@dataclass
+class MergedState:
+    """What a stream needs to go on: thin factors, norms and names; nothing that grows with the stream.
+
+    `updates` holds S = Σ P_t(Δ_t) per module, not yet scaled; `norms` the ‖Δ_t‖_F of each whole adapter.
+    """
+
+    updates: dict[str, LowRank] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)
+
+    def norm(self) -> float:
+        """‖S‖_F over all modules."""
+        return sum(u.norm() ** 2 for u in self.updates.values()) ** 0.5
+
+    @property
+    def scale(self) -> float:
+        """The published 1/λ: it gives M the mean norm of the adapters seen so far."""
+        size = self.norm()
+        return sum(self.norms) / len(self.norms) / size if size else 1.0
+
+
+class ContinualMerger:
+    """Merges adapters one at a time.
+
+    Parameters
+    ----------
+    alpha : float in [0, 1]
+        Share of the merged update's nuclear norm that is protected from new adapters.
+    variant : {"paper", "fusionbench"}
+        Two-sided cut, or the released code's block cut.
+    scale : "norm" or float
+        "norm" is the published rule, ‖M‖ = mean ‖Δ_t‖; a number is used instead, a different method.
+    rank : int, optional
+        Cap on the state's rank per module; what it cuts off is reported in `state.history`.
+    """
+
+    def __init__(self, alpha: float = 0.5, variant: str = "paper", scale: str | float = "norm", rank=None):
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
+        if not (scale == "norm" or isinstance(scale, int | float)):
+            raise ValueError(f"scale must be 'norm' or a number, got {scale!r}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        self.alpha, self.variant, self.scale, self.rank = alpha, variant, scale, rank
+        self.state = MergedState()
+        self._like: Adapter | None = None  # metadata of the first adapter, for the export
+
+    def add(self, adapter: Adapter, name: str | None = None) -> "ContinualMerger":
+        """Take in one adapter. A module it lacks counts as zero; a module's first update is taken whole."""
+        state = self.state
+        taken = dict(zip(adapter.modules, parallel_map(self._take, adapter.modules.items())))
+        state.updates |= {module: update for module, (update, _, _) in taken.items()}
+        kept, dropped = (sum(t[i] for t in taken.values()) for i in (1, 2))
+        norm = adapter.norm()
+        state.norms.append(norm)
+        state.names.append(name or f"adapter {len(state.norms)}")
+        size = state.norm()
+        state.history.append(
+            {
+                "name": state.names[-1],
+                "norm": norm,
+                "lambda": 1 / state.scale,
+                "cleared": 1 - kept / norm**2 if norm else 0.0,  # share of ‖Δ‖² the projection removed
+                "dropped": dropped / (size**2 + dropped) if size else 0.0,  # share the rank cap cut off
+                "rank": max(u.rank for u in state.updates.values()),
+            }
+        )
+        self._like = self._like or adapter
+        return self
+
+    def _take(self, item: tuple[str, LowRank]) -> tuple[LowRank, float, float]:
+        """One module: its new S, the squared norm let in, and the squared norm the rank cap cut off."""
+        module, update = item
+        update = update.to(working_dtype(update.dtype))  # the state is never half precision
+        merged = self.state.updates.get(module)
+        if merged is None:
+            size = update.norm() ** 2
+            update, cut_off = update.truncate(rank=self.rank)
+            return update, size, cut_off * size
+        core = reduce([merged, update])
+        let_in = project(core.cores[1], core.cores[0], self.alpha, self.variant, core.dtype)
+        total = core.cores[0] + let_in
+        update, cut_off = core.lift(total, rank=self.rank)
+        return update, float(let_in.square().sum()), cut_off * float(total.square().sum())
+
+    def adapter(self, rank: int | None = None, energy: float | None = None) -> Adapter:
+        """The merged adapter, M = scale · S, truncated if asked."""
+        if self._like is None:
+            raise ValueError("nothing was added yet: add an adapter first")
+        scale = self.state.scale if self.scale == "norm" else float(self.scale)
+        like, updates = self._like, self.state.updates
+        cut_off = parallel_map(
+            lambda u: (u.truncate(rank, energy)[0] * scale).to(like.dtype), updates.values()
+        )
+        return like.with_modules(dict(zip(updates, cut_off)))
+
+
+def merge_stream(adapters: Sequence[Adapter], **options) -> Adapter:
+    """All adapters in the order given, through one `ContinualMerger`."""
+    rank, energy = options.pop("rank", None), options.pop("energy", None)
+    merger = ContinualMerger(**options)
+    for adapter in adapters:
+        merger.add(adapter)
+    return merger.adapter(rank=rank, energy=energy)

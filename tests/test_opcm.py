@@ -1,0 +1,113 @@
+import pytest
+import torch
+from factories import adapter, dense, dense_opcm, error, update
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_opcm as lo
+from lora_opcm.opcm import VARIANTS, cut, project
+
+SHAPES = {"a": (24, 30), "b": (30, 18)}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(VARIANTS), st.floats(0, 0.99), st.integers(1, 4), st.integers(0, 10**6))
+def test_agrees_with_the_dense_algorithm(variant, alpha, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    stream = [adapter(SHAPES, rank, generator) for _ in range(4)]
+    merged = lo.merge(stream, "opcm", alpha=alpha, variant=variant)
+    reference = dense_opcm([{n: dense(u) for n, u in a.modules.items()} for a in stream], alpha, variant)
+    for name, update_ in merged.modules.items():
+        assert error(update_, reference[name]) < 1e-5
+        assert update_.rank <= 4 * rank
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_rank_updates_agree_with_the_dense_algorithm(variant, generator):
+    stream = [adapter({"a": (12, 16)}, 12, generator) for _ in range(3)]
+    merged = lo.merge(stream, "opcm", alpha=0.5, variant=variant)
+    reference = dense_opcm([{n: dense(u) for n, u in a.modules.items()} for a in stream], 0.5, variant)
+    assert error(merged.modules["a"], reference["a"]) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_what_is_let_in_is_orthogonal_to_what_is_there(variant, alpha, generator):
+    merged, new = (dense(update(20, 15, 4, generator, torch.float64)) for _ in range(2))
+    kept = project(new, merged, alpha, variant, torch.float64)
+    assert abs(float((kept * merged).sum())) < 1e-10 * float(kept.norm() * merged.norm())
+    assert float(kept.norm()) < float(new.norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projection_does_not_see_the_scale(variant, generator):
+    merged, new = (dense(update(20, 15, 4, generator, torch.float64)) for _ in range(2))
+    kept = project(new, merged, 0.5, variant, torch.float64)
+    assert torch.allclose(kept, project(new, 1e4 * merged, 0.5, variant, torch.float64), atol=1e-10)
+
+
+def test_alpha_one_paper_keeps_only_the_orthogonal_complement(generator):
+    merged, new = (
+        update(20, 15, 4, generator, torch.float64),
+        dense(update(20, 15, 4, generator, torch.float64)),
+    )
+    U, _, Vh = merged.svd()
+    kept = project(new, dense(merged), 1.0, "paper", torch.float64)
+    assert float((U.mT @ kept).norm()) < 1e-10 and float((kept @ Vh.mT).norm()) < 1e-10
+
+
+def test_cut_counts_as_the_two_sources_do():
+    s = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    assert [cut(s, a) for a in (0, 0.39, 0.4, 0.41, 0.7, 1)] == [0, 1, 1, 2, 2, 4]
+    assert [cut(s, a, "fusionbench") for a in (0, 0.39, 0.4, 0.41, 0.7, 1)] == [0, 0, 1, 1, 2, 4]
+
+
+def test_merged_norm_is_the_running_mean(generator):
+    stream = [adapter(SHAPES, 3, generator) for _ in range(4)]
+    merger = lo.ContinualMerger(alpha=0.5)
+    for i, a in enumerate(stream, 1):
+        merger.add(a)
+        assert merger.adapter().norm() == pytest.approx(sum(x.norm() for x in stream[:i]) / i, rel=1e-5)
+
+
+def test_state_stays_thin_and_reports_what_it_drops(generator):
+    merger = lo.ContinualMerger(alpha=0.5, rank=5)
+    for _ in range(6):
+        merger.add(adapter(SHAPES, 3, generator))
+        assert all(u.rank <= 5 for u in merger.state.updates.values())
+    assert merger.state.history[0]["dropped"] == pytest.approx(0, abs=1e-9)
+    assert 0 < merger.state.history[-1]["dropped"] < 1
+    assert 0 < merger.state.history[-1]["cleared"] < 1
+
+
+def test_a_missing_module_counts_as_zero(generator):
+    whole, part = adapter(SHAPES, 3, generator), adapter({"b": SHAPES["b"]}, 3, generator)
+    merger = lo.ContinualMerger().add(whole).add(part)
+    scaled = dense(merger.adapter().modules["a"]) / merger.state.scale
+    assert torch.allclose(scaled, dense(whole.modules["a"]), rtol=1e-4, atol=1e-4)
+
+
+def test_null_space_rotation_changes_nothing(generator):
+    """A gauge change alters the factors, and with them any arbitrary padding basis; not the result."""
+    stream = [adapter(SHAPES, 3, generator, torch.float64) for _ in range(3)]
+    spun = [
+        a.with_modules(
+            {
+                n: u.regauge(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+                for n, u in a.modules.items()
+            }
+        )
+        for a in stream
+    ]
+    one, two = lo.merge(stream, "opcm"), lo.merge(spun, "opcm")
+    assert all(error(one.modules[n], dense(two.modules[n])) < 1e-8 for n in SHAPES)
+
+
+@pytest.mark.parametrize(
+    "options, words", [({"alpha": 1.5}, "1.5"), ({"variant": "x"}, "paper, fusionbench")]
+)
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        lo.ContinualMerger(**options)
+    with pytest.raises(ValueError, match="nothing was added"):
+        lo.ContinualMerger().adapter()
