@@ -1,0 +1,97 @@
+"""The base model as a sentence encoder, and the frozen head made of label sentences.
+
+logits = 20 · cosine(embedding of the text, embedding of each label sentence), both mean-pooled over tokens
+and normalised. The head is embedded once by the base model without any adapter and never trained, so the
+base model already has a zero-shot accuracy and a LoRA is all that training changes.
+"""
+
+import hashlib
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .assets import MODEL, AssetError, fetch
+from .tasks import Task
+
+MINILM = "minilm"  # the embedded default base
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MAX_LENGTH = 64  # tokens
+SCALE = 20.0  # inverse temperature of the cosine head
+
+
+@cache
+def base_path(base: str = MINILM) -> str:
+    """Where `base` can be loaded from: the embedded model's folder, a local folder, or a Hub name as it is.
+
+    Raises
+    ------
+    AssetError
+        If the embedded weights do not have the published sha256.
+    """
+    if base != MINILM:
+        return base
+    weights = fetch(MODEL) / "model.safetensors"
+    with open(weights, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != MINILM_SHA256:
+        raise AssetError(
+            f"{weights}: sha256 is {found}, expected {MINILM_SHA256}; delete the folder and retry"
+        )
+    return str(weights.parent)
+
+
+def load_base(base: str = MINILM) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (evaluation mode, float32) and tokenizer.
+
+    Raises
+    ------
+    AssetError
+        If transformers can load neither from `base`.
+    """
+    path = base_path(base)
+    logging.set_verbosity_error()  # the report of the unused pooler and a bar for 0.1 s of loading
+    logging.disable_progress_bar()
+    try:
+        # The pooler is no part of the embedding; asking for it would only add an unused module.
+        model = AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise AssetError(f"cannot load the base model {base!r}: {first}") from None
+    return model.eval(), tokenizer
+
+
+def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text, cut at `MAX_LENGTH`."""
+    # Every word gives a token or more; cutting long texts first spares the tokenizer most of a newsgroup post.
+    clipped = [" ".join(text.split()[: 2 * MAX_LENGTH]) for text in texts]
+    return tokenizer(clipped, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+
+
+def pad(ids: list[list[int]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`, shape=[b, longest]."""
+    longest = max(map(len, ids))
+    rows = torch.full((len(ids), longest), pad_id)
+    for row, tokens in zip(rows, ids):
+        row[: len(tokens)] = torch.tensor(tokens)
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
+
+
+def embed(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean-pooled, normalised sentence embeddings, shape=[b, d]."""
+    hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (b, t, d)
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@torch.inference_mode()
+def head(task: Task, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Embeddings of the task's label sentences by the base model, shape=[classes, d]."""
+    batch = pad(tokenise(list(task.sentences), tokenizer), tokenizer.pad_token_id, model.device)
+    return embed(model, **batch).float()

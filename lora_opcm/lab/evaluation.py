@@ -1,0 +1,152 @@
+"""Accuracy of an adapter on many tasks at once, with bootstrap intervals."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ..adapters import Adapter
+from .encoder import MINILM, embed, head, load_base, pad, tokenise
+from .tasks import Task
+
+TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger ones are slower on a CPU
+RESAMPLES = 2000
+
+
+@contextmanager
+def applied(model: torch.nn.Module, adapter: Adapter | None) -> Iterator[torch.nn.Module]:
+    """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model.
+    """
+    saved = {}
+    try:
+        for name, update in (adapter.modules if adapter else {}).items():
+            try:
+                weight = model.get_submodule(name).weight
+            except AttributeError:
+                raise ValueError(
+                    f"the base model has no module {name!r}: adapter of another model?"
+                ) from None
+            if tuple(weight.shape) != update.shape:
+                raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
+            saved[name] = weight.detach().clone()
+            weight.data.addmm_(update.left.to(weight), update.right.to(weight))
+        yield model
+    finally:
+        for name, weight in saved.items():
+            model.get_submodule(name).weight.data.copy_(weight)
+
+
+class Evaluator:
+    """Evaluates adapters on fixed texts: tokenised and sorted by length once, embedded in one sweep.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+    split : {"test", "validation"}
+    limit : int, optional
+        Texts per task; the splits are shuffled, so the first ones are a sample. None takes all.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], split: str = "test", limit: int | None = None, base: str = MINILM
+    ):
+        self.tasks = {task.name: task for task in tasks}
+        self.model, tokenizer = load_base(base)
+        if torch.cuda.is_available():
+            self.model.cuda()
+        self.heads = {task.name: head(task, self.model, tokenizer) for task in tasks}
+        self.pad_id = tokenizer.pad_token_id
+        self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
+        self.ids = {task.name: tokenise(task[split]["text"][:limit], tokenizer) for task in tasks}
+
+    @torch.inference_mode()
+    def correct(
+        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Per task, which texts are classified correctly with `adapter` (None: zero-shot), shape=[texts]."""
+        names = list(tasks or self.tasks)
+        rows = [(ids, name) for name in names for ids in self.ids[name]]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+        vectors = [None] * len(rows)
+        with applied(self.model, adapter), tqdm(total=len(rows), desc=progress, disable=not progress) as bar:
+            while order:
+                size = max(1, TOKENS_PER_BATCH // len(rows[order[0]][0]))
+                batch, order = order[:size], order[size:]
+                z = embed(self.model, **pad([rows[i][0] for i in batch], self.pad_id, self.model.device))
+                for i, vector in zip(batch, z):
+                    vectors[i] = vector
+                bar.update(len(batch))
+        result, start = {}, 0
+        for name in names:
+            z = torch.stack(vectors[start : start + len(self.ids[name])])
+            start += len(self.ids[name])
+            guess = (z @ self.heads[name].to(z).T).argmax(-1).cpu().numpy()
+            result[name] = guess == self.labels[name]
+        return result
+
+
+def own_correct(
+    evaluator: Evaluator, adapters: dict[str, Adapter], progress: str = ""
+) -> dict[str, np.ndarray]:
+    """Each task with its own adapter: what merging is measured against."""
+    found = {}
+    for name in tqdm(evaluator.tasks, desc=progress, disable=not progress):
+        found |= evaluator.correct(adapters[name], tasks=[name])
+    return found
+
+
+def summarise(
+    correct: dict[str, dict[str, np.ndarray]],
+    zero_shot: str = "zero-shot",
+    own: str = "own adapter",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Tidy table with 95 % percentile bootstrap intervals over test texts.
+
+    Parameters
+    ----------
+    correct : method -> task -> boolean array
+        All methods on the same texts; a resample draws the same texts for every method.
+
+    Returns
+    -------
+    DataFrame
+        Columns method, task, metric, value, low, high. Metrics: `accuracy` per task and on average (task
+        "mean"), `normalised` accuracy acc/own on average over tasks, and `recovered gain`
+        (acc − zero-shot)/(own − zero-shot) of the averages.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(correct[own])
+    points = {m: np.array([correct[m][t].mean() for t in names]) for m in correct}
+    draws = {m: np.empty((RESAMPLES, len(names))) for m in correct}
+    for j, task in enumerate(names):
+        count = len(correct[own][task])
+        pick = rng.integers(count, size=(RESAMPLES, count))
+        for method in correct:
+            draws[method][:, j] = correct[method][task][pick].mean(1)
+
+    def row(method, task, metric, value, sample):
+        low, high = np.quantile(sample, [0.025, 0.975])
+        return {"method": method, "task": task, "metric": metric, "value": value, "low": low, "high": high}
+
+    def gain(acc, zero, best):
+        return (acc.mean(-1) - zero.mean(-1)) / (best.mean(-1) - zero.mean(-1))
+
+    rows = []
+    for m, acc in points.items():
+        rows += [row(m, t, "accuracy", acc[j], draws[m][:, j]) for j, t in enumerate(names)]
+        rows.append(row(m, "mean", "accuracy", acc.mean(), draws[m].mean(1)))
+        normal = (draws[m] / draws[own]).mean(1)
+        rows.append(row(m, "mean", "normalised", (acc / points[own]).mean(), normal))
+        recovered = gain(acc, points[zero_shot], points[own])
+        spread = gain(draws[m], draws[zero_shot], draws[own])
+        rows.append(row(m, "mean", "recovered gain", recovered, spread))
+    return pd.DataFrame(rows)

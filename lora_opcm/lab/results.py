@@ -1,0 +1,31 @@
+"""Results files: tidy CSV, one row a measurement, with what is needed to trace each number."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from .. import __version__
+
+
+def save_results(rows: pd.DataFrame, folder: Path | str, name: str, **run) -> Path:
+    """Write `rows` with the columns of `run` (profile, seed, …) and the package version to folder/name.csv."""
+    path = Path(folder, f"{name}.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    rows.assign(**run, version=__version__).round(5).to_csv(scratch, index=False, lineterminator="\n")
+    os.replace(scratch, path)
+    return path
+
+
+def comparison(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a method, in file order: mean accuracy and recovered gain in per cent, with 95 % intervals."""
+    rows = rows[rows.task == "mean"]
+    table = pd.DataFrame(index=pd.Index(rows.method.unique(), name="method"))
+    for metric in ("accuracy", "recovered gain"):
+        part = rows[rows.metric == metric].set_index("method")
+        table[f"{metric} %"] = [f"{100 * part.value[m]:.1f}" for m in table.index]
+        table[f"95 % interval of {metric}"] = [
+            f"{100 * part.low[m]:.1f} to {100 * part.high[m]:.1f}" for m in table.index
+        ]
+    return table

@@ -1,0 +1,260 @@
+"""Text classification tasks: eight that need only the Python package index, and any on the Hub.
+
+A task is texts, integer labels, and a sentence for each label; the sentences become the frozen head, so
+no task has weights of its own and merging adapters needs no head surgery.
+"""
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from .assets import DATA, fetch
+
+SPLIT_SEED = 0  # fixes which texts are train, validation and test; training seeds never touch it
+VALIDATION = 400  # texts held out of training, at most a fifth of it
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: `train`, `validation` and `test` with columns `text` and `label`, and label sentences."""
+
+    name: str
+    labels: tuple[str, ...]
+    sentences: tuple[str, ...]
+    splits: DatasetDict
+
+    def __getitem__(self, split: str) -> Dataset:
+        return self.splits[split]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of every text and label in order, to tell one version of the data from another."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation", "test"):
+            for row in self.splits[split]:
+                digest.update(f"{split}\t{row['label']}\t{row['text']}\n".encode())
+        return digest.hexdigest()
+
+
+def tasks() -> tuple[str, ...]:
+    """Names of the eight tasks of the protocol, in the order the book lists them."""
+    return tuple(TASKS)
+
+
+@cache
+def load_task(name: str) -> Task:
+    """One of the eight tasks by name.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, with the names that exist.
+    AssetError
+        If the texts cannot be fetched or fail their hash.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}")
+    recipe = TASKS[name]
+    train, test = recipe.read(tuple(recipe.classes))
+    labels = tuple(recipe.classes)
+    rng = np.random.default_rng(SPLIT_SEED)
+    splits = _split(train, test, rng)
+    index = {label: i for i, label in enumerate(labels)}
+    return Task(
+        name=name,
+        labels=labels,
+        sentences=tuple(recipe.template.format(words) for words in recipe.classes.values()),
+        splits=DatasetDict(
+            {
+                split: Dataset.from_dict({"text": [t for _, t in rows], "label": [index[c] for c, _ in rows]})
+                for split, rows in splits.items()
+            }
+        ),
+    )
+
+
+def load_hub_task(
+    path: str,
+    *,
+    config: str | None = None,
+    text: str | tuple[str, str] = "text",
+    label: str = "label",
+    sentences: dict[int, str] | list[str],
+    name: str | None = None,
+) -> Task:
+    """A task from a Hub dataset (GLUE and the like), or from a folder that `datasets` reads.
+
+    `text` is a column, or two for pair tasks (joined by " [SEP] "). `sentences` gives each label its
+    sentence. Without a validation split a fifth of train is held out; without labelled test rows
+    (GLUE hides them) the validation split becomes the test split.
+    """
+    folder = Path(path)
+    if (folder / "dataset_dict.json").exists():
+        data = load_from_disk(path)
+    else:
+        data = load_dataset(path, config)
+    columns = (text,) if isinstance(text, str) else tuple(text)
+
+    def rows(split: str) -> list[tuple[int, str]]:
+        missing = [c for c in (*columns, label) if c not in data[split].column_names]
+        if missing:
+            raise ValueError(f"{path}: split {split!r} has columns {data[split].column_names}, not {missing}")
+        return [(r[label], " [SEP] ".join(r[c] for c in columns)) for r in data[split] if r[label] >= 0]
+
+    found = {split: rows(split) for split in data}
+    if not found.get("train"):
+        raise ValueError(f"{path}: expected a labelled 'train' split, found {sorted(data)}")
+    rng = np.random.default_rng(SPLIT_SEED)
+    if found.get("test"):
+        train, test = found["train"] + found.get("validation", []), found["test"]
+    elif found.get("validation"):
+        train, test = found["train"], found["validation"]
+    else:
+        train, test = _hold_out(found["train"], len(found["train"]) // 5, rng)
+    ids = sorted({c for c, _ in train})
+    sentences = dict(enumerate(sentences)) if isinstance(sentences, list) else sentences
+    if set(ids) - set(sentences):
+        raise ValueError(f"{path}: labels {sorted(set(ids) - set(sentences))} have no sentence")
+    index = {c: i for i, c in enumerate(sorted(sentences))}
+    splits = _split(train, test, rng)
+    return Task(
+        name=name or "-".join(filter(None, (folder.name, config))),
+        labels=tuple(str(c) for c in sorted(sentences)),
+        sentences=tuple(sentences[c] for c in sorted(sentences)),
+        splits=DatasetDict(
+            {
+                split: Dataset.from_dict({"text": [t for _, t in r], "label": [index[c] for c, _ in r]})
+                for split, r in splits.items()
+            }
+        ),
+    )
+
+
+def _hold_out(rows, count, rng):
+    order = rng.permutation(len(rows))
+    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+
+
+def _split(train, test, rng) -> dict[str, list]:
+    """Shuffle, drop training texts that stand in the test set too, and hold out the validation texts."""
+    seen = {text for _, text in test}
+    train = [row for row in dict.fromkeys(train) if row[1] not in seen]
+    train, validation = _hold_out(train, min(VALIDATION, len(train) // 5), rng)
+    test, _ = _hold_out(test, 0, rng)
+    return {"train": train, "validation": validation, "test": test}
+
+
+# -- the eight tasks --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    read: Callable  # classes -> (train rows, test rows)
+    template: str
+    classes: dict[str, str]  # label in the file -> words in the template
+
+
+def _rows(file: str, label: str = "Category", text: str = "Text") -> list[dict]:
+    """Rows of an Orange .tab file: three header lines (names, types, roles), then tab-separated CSV."""
+    with open(fetch(DATA) / file, encoding="utf8", newline="") as handle:
+        reader = csv.reader(handle, delimiter="\t")
+        names, _, _ = next(reader), next(reader), next(reader)
+        rows = [dict(zip(names, row)) for row in reader if len(row) == len(names)]
+    return [row | {"label": row[label], "text": row[text]} for row in rows if row[text].strip()]
+
+
+def _published(stem: str) -> Callable:
+    def read(classes):
+        files = (f"{stem}-train.tab", f"{stem}-test.tab")
+        return tuple([(r["label"], r["text"]) for r in _rows(f) if r["label"] in classes] for f in files)
+
+    return read
+
+
+def _tweets(classes):
+    """The file has no published split: originals only (a retweet's author wrote nothing), 20 % for test."""
+    rows = _rows("election-tweets-2016.tab", label="Author", text="Content")
+    rows = [(r["label"], r["text"]) for r in rows if r["Is retweet"] == "False" and r["label"] in classes]
+    rows = list(dict.fromkeys(rows))
+    return _hold_out(rows, len(rows) // 5, np.random.default_rng(SPLIT_SEED))
+
+
+NEWS, WIRE = "A newsgroup post about {}.", "A newswire story about {}."
+RARE_AT_LEAST = 20  # training texts a class of R52 outside R8 must have
+
+TASKS = {
+    "ng-comp": Recipe(_published("20newsgroups"), NEWS, {
+        "comp.graphics": "computer graphics",
+        "comp.os.ms-windows.misc": "Microsoft Windows",
+        "comp.sys.ibm.pc.hardware": "IBM PC hardware",
+        "comp.sys.mac.hardware": "Apple Macintosh hardware",
+        "comp.windows.x": "the X Window System",
+    }),
+    "ng-rec": Recipe(_published("20newsgroups"), NEWS, {
+        "rec.autos": "cars",
+        "rec.motorcycles": "motorcycles",
+        "rec.sport.baseball": "baseball",
+        "rec.sport.hockey": "ice hockey",
+    }),
+    "ng-sci": Recipe(_published("20newsgroups"), NEWS, {
+        "sci.crypt": "cryptography",
+        "sci.electronics": "electronics",
+        "sci.med": "medicine",
+        "sci.space": "space flight",
+    }),
+    "ng-politics": Recipe(_published("20newsgroups"), NEWS, {
+        "talk.politics.guns": "guns and gun control",
+        "talk.politics.mideast": "politics of the Middle East",
+        "talk.politics.misc": "American politics",
+    }),
+    "ng-religion": Recipe(_published("20newsgroups"), NEWS, {
+        "alt.atheism": "atheism",
+        "soc.religion.christian": "Christian faith",
+        "talk.religion.misc": "religion in general",
+    }),
+    "reuters-r8": Recipe(_published("reuters-r8"), WIRE, {
+        "acq": "mergers and acquisitions",
+        "crude": "crude oil",
+        "earn": "corporate earnings",
+        "grain": "grain",
+        "interest": "interest rates",
+        "money-fx": "foreign exchange",
+        "ship": "shipping",
+        "trade": "international trade",
+    }),
+    "reuters-rare": Recipe(_published("reuters-r52"), WIRE, {
+        "alum": "aluminium",
+        "bop": "the balance of payments",
+        "cocoa": "cocoa",
+        "coffee": "coffee",
+        "copper": "copper",
+        "cpi": "consumer prices",
+        "gnp": "gross national product",
+        "gold": "gold",
+        "ipi": "industrial production",
+        "iron-steel": "iron and steel",
+        "jobs": "employment",
+        "money-supply": "money supply",
+        "nat-gas": "natural gas",
+        "reserves": "foreign reserves",
+        "rubber": "rubber",
+        "sugar": "sugar",
+    }),
+    "tweets": Recipe(_tweets, "A tweet written by {}.", {
+        "HillaryClinton": "Hillary Clinton",
+        "realDonaldTrump": "Donald Trump",
+    }),
+}  # fmt: skip
+
+
+def class_counts(name: str) -> dict[str, Counter]:
+    """Texts per class in each split; for the data card."""
+    task = load_task(name)
+    return {split: Counter(task.labels[i] for i in task[split]["label"]) for split in task.splits}

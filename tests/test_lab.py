@@ -1,0 +1,178 @@
+"""Tasks, evaluation and training on the real model and data."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+
+import lora_opcm as lo
+from lora_opcm.lab import AssetError, assets, load_hub_task, load_task, tasks
+from lora_opcm.lab.encoder import embed, head, load_base, pad, tokenise
+from lora_opcm.lab.evaluation import Evaluator, applied, summarise
+from lora_opcm.lab.training import Protocol, save_adapter_half, train_adapter
+
+MANIFEST = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())
+
+
+def test_splits_are_disjoint_and_as_the_manifest_says():
+    for name in tasks():
+        task = load_task(name)
+        texts = {split: set(task[split]["text"]) for split in task.splits}
+        assert not texts["train"] & texts["test"] and not texts["validation"] & texts["test"], name
+        assert not texts["train"] & texts["validation"], name
+        assert set(task["train"]["label"]) == set(range(len(task.labels))), name
+        assert task.sha256 == MANIFEST[name]["data_sha256"], name
+
+
+def test_hub_task_reads_a_folder_from_disk(tmp_path):
+    rows = {"sentence": [f"text {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}
+    hidden = Dataset.from_dict({"sentence": ["x", "y"], "label": [-1, -1]})  # as GLUE hides its test labels
+    train, validation = Dataset.from_dict(rows), Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]})
+    DatasetDict(train=train, validation=validation, test=hidden).save_to_disk(tmp_path / "toy")
+    task = load_hub_task(str(tmp_path / "toy"), text="sentence", sentences=["It is bad.", "It is good."])
+    assert sorted(task["test"]["text"]) == ["a", "b"]
+    assert len(task["train"]) == 32 and len(task["validation"]) == 8
+    with pytest.raises(ValueError, match="no sentence"):
+        load_hub_task(str(tmp_path / "toy"), text="sentence", sentences=["one"])
+    with pytest.raises(ValueError, match="columns"):
+        load_hub_task(str(tmp_path / "toy"), text="words", sentences=["one", "two"])
+
+
+def test_unknown_task_names_the_tasks():
+    with pytest.raises(ValueError, match="unknown task 'ng-scy'; the tasks are ng-comp"):
+        load_task("ng-scy")
+
+
+def test_a_missing_model_is_one_clear_line(tmp_path):
+    with pytest.raises(AssetError, match="cannot load the base model") as caught:
+        load_base(str(tmp_path / "nothing"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_OPCM_CACHE", str(tmp_path))
+    wheel = assets.Wheel("six", "1.17.0", "0" * 64, "*.py")
+    with pytest.raises(AssetError, match="cannot fetch six==1.17.0") as caught:
+        assets.fetch(wheel)
+    assert "\n" not in str(caught.value)
+    assert [p for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
+
+
+def test_commands_fail_with_one_line():
+    for arguments, words in ((["--task", "nope"], "unknown task"), ([], "not")):
+        command = [sys.executable, "-m", "lora_opcm.lab.train", "/dev/null/nowhere", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr and words in done.stderr.lower()
+
+
+def test_truncating_words_first_does_not_change_the_tokens():
+    _, tokenizer = load_base()
+    texts = load_task("ng-comp")["test"]["text"][:200]
+    assert tokenise(texts, tokenizer) == tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return Evaluator([load_task(name) for name in tasks()], limit=40)
+
+
+def test_shipped_adapters_load_in_peft_and_give_our_embeddings():
+    for name in tasks():
+        adapter = lo.load_adapter(lo.adapter_path(name))
+        model, tokenizer = load_base()
+        batch = pad(tokenise(load_task(name)["test"]["text"][:8], tokenizer), tokenizer.pad_token_id)
+        with torch.inference_mode(), applied(model, adapter):
+            ours = embed(model, **batch)
+        theirs = PeftModel.from_pretrained(model, lo.adapter_path(name)).eval()
+        with torch.inference_mode():
+            assert torch.allclose(ours, embed(theirs, **batch), atol=1e-4), name
+
+
+def test_weights_come_back_bit_for_bit():
+    adapter = lo.load_adapter(lo.adapter_path("ng-sci"))
+    model, _ = load_base()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), applied(model, adapter):
+        assert not torch.equal(model.state_dict()["encoder.layer.0.attention.self.query.weight"],
+                               before["encoder.layer.0.attention.self.query.weight"])  # fmt: skip
+        raise RuntimeError("stop")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    wrong = lo.Adapter({"no.such.module": next(iter(adapter.modules.values()))})
+    with pytest.raises(ValueError, match="no module 'no.such.module'"), applied(model, wrong):
+        pass
+
+
+def test_batched_evaluation_equals_one_text_at_a_time(evaluator):
+    model, tokenizer = load_base()
+    task = load_task("ng-sci")
+    batched = evaluator.correct(tasks=["ng-sci"])["ng-sci"]
+    h = head(task, model, tokenizer)
+    for i, (text, label) in enumerate(zip(task["test"]["text"][:10], task["test"]["label"][:10])):
+        batch = pad(tokenise([text], tokenizer), tokenizer.pad_token_id)
+        with torch.inference_mode():
+            assert bool((embed(model, **batch) @ h.T).argmax() == label) == batched[i]
+
+
+def test_own_adapters_beat_zero_shot_by_fifteen_points():
+    gains = [m["own"] - m["zero_shot"] for m in MANIFEST.values()]
+    assert set(MANIFEST) == set(tasks())
+    assert sum(gains) / len(gains) > 0.15 and min(gains) > 0
+
+
+def test_manifest_hashes_are_those_of_the_files():
+    import hashlib
+
+    for name, entry in MANIFEST.items():
+        weights = (lo.adapter_path(name) / "adapter_model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == entry["sha256"], name
+
+
+@pytest.mark.slow
+def test_merges_land_between_zero_shot_and_own(evaluator):
+    adapters = [lo.load_adapter(lo.adapter_path(name)) for name in tasks()]
+    mean = lambda correct: np.mean([c.mean() for c in correct.values()])  # noqa: E731
+    floor = mean(evaluator.correct())
+    own = np.mean([evaluator.correct(a, tasks=[n])[n].mean() for n, a in zip(tasks(), adapters)])
+    for options in ({"method": "mean"}, {"method": "task_arithmetic"}, {"method": "opcm"},
+                    {"method": "opcm", "variant": "fusionbench"}):  # fmt: skip
+        assert floor < mean(evaluator.correct(lo.merge(adapters, **options))) < own, options
+
+
+def test_summary_intervals_cover_and_gains_are_anchored():
+    rng = np.random.default_rng(1)
+    truth = {"zero-shot": 0.5, "half": 0.65, "own adapter": 0.8}
+    correct = {m: {t: rng.random(400) < p for t in "abcd"} for m, p in truth.items()}
+    table = summarise(correct).query("task == 'mean'").set_index(["method", "metric"])
+    assert (
+        table.value["zero-shot", "recovered gain"] == 0 and table.value["own adapter", "recovered gain"] == 1
+    )
+    for method, p in truth.items():
+        row = table.loc[method, "accuracy"]
+        assert row.low < p < row.high and 0.02 < row.high - row.low < 0.08
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss_resumes_and_loads_back(tmp_path):
+    protocol = Protocol(steps=8, evaluate_every=4, batch_size=8, rank=4, alpha=8)
+    task = load_task("reuters-rare")
+    model = train_adapter(task, tmp_path / "run", protocol, quiet=True)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    losses = [h["eval_loss"] for h in history if "eval_loss" in h]
+    assert losses[-1] < losses[0]
+    checkpoints = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-4", "checkpoint-8"]
+    folder = save_adapter_half(model, tmp_path / "adapter")
+    adapter = lo.load_adapter(folder)
+    assert len(adapter.modules) == 36 and adapter.dtype == torch.float16 and adapter.norm() > 0
+
+    longer = Protocol(steps=12, evaluate_every=4, batch_size=8, rank=4, alpha=8)
+    train_adapter(task, tmp_path / "run", longer, quiet=True)
+    resumed = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert max(h["step"] for h in resumed) == 12
+    assert [h for h in resumed if h["step"] <= 4] == [h for h in history if h["step"] <= 4]  # not run again
