@@ -1,0 +1,65 @@
+"""Sphinx extension: plotly figures and formulas that need no network.
+
+myst-nb knows no renderer for plotly's MIME type and would drop every figure. Here each figure becomes a
+`<div>` with its JSON beside it; `_static/figures.js` draws it with one shared copy of plotly.js when it comes
+into view. plotly.js and MathJax are copied from the installed Python packages, so neither is in the
+repository and no page asks another host for them.
+"""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from docutils import nodes
+
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
+MATHJAX = ["tex-chtml.js", "output/chtml/fonts/woff-v2"]  # of 24 MB, what a page can ask for
+
+
+class PlotlyFigure:
+    """A myst-nb MIME renderer."""
+
+    mime_priority_overrides = [("html", PLOTLY_MIME, 5)]  # before text/html and images
+
+    @staticmethod
+    def handle_mime(renderer, data, inline):
+        if data.mime_type != PLOTLY_MIME or inline:
+            return None
+        figure = data.content if isinstance(data.content, dict) else json.loads(data.content)
+        layout = figure.get("layout", {})
+        title = layout.get("meta", {}).get("alt") or layout.get("title", {}).get("text") or "Figure"
+        height = layout.get("height", 420)
+        text = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
+        alt = str(title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+        html = (
+            f'<div class="lo-figure" role="img" aria-label="{alt}" style="height:{height}px">'
+            f'<script type="application/json">{text}</script></div>'
+        )
+        return [nodes.raw(text=html, format="html", classes=["output", "text_html"])]
+
+
+def copy_scripts(app, error):
+    """Put plotly.js and MathJax into the finished site's `_static`."""
+    if error or app.builder.format != "html":
+        return
+    static = Path(app.outdir, "_static")
+    plotly = Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
+    shutil.copy2(plotly, static / "plotly.min.js")
+    mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
+    for name in MATHJAX:
+        source, target = mathjax / name, static / "mathjax" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copy2(
+            source, target
+        )
+
+
+def setup(app):
+    from myst_nb.core.render import load_mime_renders
+
+    if PlotlyFigure not in load_mime_renders():  # the list is cached for the process
+        load_mime_renders().append(PlotlyFigure)
+    app.config.mathjax_path = "mathjax/tex-chtml.js"
+    app.connect("build-finished", copy_scripts)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,74 @@
+"""The files that describe the project agree with each other."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement.strip())[0].lower().replace("_", "-")
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {_name(line): line.split("==")[1] for line in lines if line and not line.startswith("#")}
+
+
+def test_every_requirement_is_pinned_within_its_range():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pins = _pins()
+    for line in project["dependencies"] + [r for extra in extras.values() for r in extra]:
+        requirement = Requirement(line)
+        if requirement.name == "lora-opcm":
+            continue
+        pin = pins[_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{line} excludes the pinned {pin}"
+
+
+def test_conda_environment_uses_the_same_files():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == ["--constraint constraints.txt", "--editable .[test]"]
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    from packaging.specifiers import SpecifierSet
+
+    assert SpecifierSet(project["requires-python"]).contains(python.split("=")[-1])
+
+
+def test_import_needs_little():
+    code = "import sys, lora_opcm; print({'pandas', 'transformers', 'peft', 'plotly', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_modules_import_only_upwards():
+    order = ["parallel", "lowrank", "grassmann", "formats", "adapters", "opcm", "methods", "similarity"]
+    for i, module in enumerate(order):
+        path = ROOT / "lora_opcm" / f"{module}.py"
+        if path.exists():
+            used = re.findall(r"^\s*from \.(\w+) import|^\s*from \. import (\w+)", path.read_text(), re.M)
+            below = {a or b for a, b in used} - set(order[:i])
+            assert not below, f"{module} imports {below}"
+
+
+@pytest.mark.parametrize("target", ["book", "test", "quick", "adapters", "publish", "clean"])
+def test_make_targets_exist(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_stands_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,129 @@
+"""The built site in a real browser: nothing missing, nothing foreign, nothing broken."""
+
+import functools
+import http.server
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+SITE = Path(__file__).parent.parent / "_build" / "site"
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+def _pages():
+    if not SITE.exists():
+        return ["site is not built: run make book"]
+    return sorted(
+        str(p.relative_to(SITE))
+        for p in SITE.rglob("*.html")
+        if "_static" not in p.parts and p.name not in {"search.html", "genindex.html", "index.html"}
+    )
+
+
+@pytest.fixture(scope="module")
+def server():
+    assert (SITE / "index.html").exists(), "the site is not built: run `make book`"
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(SITE))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "no chromium found: install Debian's package chromium"
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.requests, page.troubles = [], []
+    page.on("request", lambda r: page.requests.append(r.url))
+    page.on("console", lambda m: page.troubles.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: page.troubles.append(str(e)))
+    yield page
+    page.close()
+
+
+def _scroll_through(page):
+    page.evaluate("""async () => {
+        for (let y = 0; y < document.body.scrollHeight; y += 600) {
+            window.scrollTo(0, y); await new Promise(r => setTimeout(r, 40));
+        }
+    }""")
+
+
+@pytest.mark.parametrize("name", _pages())
+def test_page(name, page, server):
+    page.goto(f"{server}/{name}", wait_until="networkidle")
+    _scroll_through(page)
+    figures = page.locator(".lo-figure")
+    for i in range(figures.count()):
+        figures.nth(i).scroll_into_view_if_needed()
+        page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
+        marks = "i => document.querySelectorAll('.lo-figure')[i].querySelectorAll('.trace path, .points path').length"
+        assert page.evaluate(marks, i) > 0, "a figure without marks"
+        assert len(figures.nth(i).get_attribute("aria-label") or "") > 20, "a figure without alternative text"
+    if page.locator(".math").count():
+        page.wait_for_function("() => document.querySelectorAll('.math mjx-container').length > 0")
+        untypeset = "() => [...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length"
+        page.wait_for_function(f"() => ({untypeset})() === 0")
+        assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    assert [u for u in page.requests if not u.startswith((server, "data:", "blob:"))] == []
+    assert page.troubles == []
+
+
+@pytest.mark.parametrize("name", _pages())
+def test_page_fits_a_phone(name, browser, server):
+    page = browser.new_page(viewport={"width": 375, "height": 812})
+    page.goto(f"{server}/{name}", wait_until="networkidle")
+    _scroll_through(page)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    page.close()
+    assert width <= 375
+
+
+def test_experiment_shows_its_figure_and_its_table(page, server):
+    page.goto(f"{server}/book/experiments/one_merge.html", wait_until="networkidle")
+    assert page.locator(".lo-figure").count() >= 1
+    assert page.locator("table", has_text="task arithmetic").count() >= 2
+
+
+def test_slider_moves_the_figure(page, server):
+    page.goto(f"{server}/book/low_rank_updates.html", wait_until="networkidle")
+    page.locator(".lo-figure").first.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('.lo-figure').dataset.drawn")
+    before = page.locator(".lo-figure .slider-label").first.inner_text()
+    page.locator(".lo-figure .slider-rail-touch-rect").first.click(position={"x": 300, "y": 5})
+    page.wait_for_function(
+        "b => document.querySelector('.lo-figure .slider-label').textContent !== b", arg=before
+    )
+
+
+def test_figures_follow_the_dark_theme(page, server):
+    page.goto(f"{server}/book/low_rank_updates.html", wait_until="networkidle")
+    page.locator(".lo-figure").first.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('.lo-figure').dataset.drawn")
+    ink = "() => getComputedStyle(document.querySelector('.lo-figure .xtick text')).fill"
+    colours = []
+    for theme in ("light", "dark"):
+        page.evaluate("t => document.documentElement.dataset.theme = t", theme)
+        page.wait_for_timeout(400)
+        colours.append(page.evaluate(ink))
+    assert colours[0] != colours[1]
