@@ -4,9 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .adapters import Adapter, AdapterError, load_adapter, save_adapter
 from .data import adapter_path, data_dir
+from .grassmann import phi, principal_angles
 from .lowrank import LowRank
 from .methods import merge, methods
-from .opcm import ContinualMerger, MergedState
+from .opcm import ContinualMerger, FactorMerger, MergedState
+from .similarity import align, similarity
 
 try:
     __version__ = version("lora-opcm")
@@ -17,12 +19,17 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "ContinualMerger",
+    "FactorMerger",
     "LowRank",
     "MergedState",
     "adapter_path",
+    "align",
     "data_dir",
     "load_adapter",
     "merge",
     "methods",
+    "phi",
+    "principal_angles",
     "save_adapter",
+    "similarity",
 ]

@@ -398,7 +398,7 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
         )
     sizes = {name: _size(update) for name, update in adapter.modules.items()}
     config = formats.config_for(sizes, adapter.config, adapter.base_model)
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A new folder appears by one rename. In one that is there, each file does, the config last; between the
     # two, a reader that finds factors of one save and ranks of another refuses them.
@@ -421,9 +421,8 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
     return folder
 
 
-Contents = tuple[
-    dict[str, tuple[Tensor, torch.dtype]], dict[str, str]
-]  # key -> what, in which dtype; metadata
+# key -> (tensor, dtype to write it in); metadata of the header
+Contents = tuple[dict[str, tuple[Tensor, torch.dtype]], dict[str, str]]
 
 
 def _peft_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
@@ -493,7 +492,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtyp
         tensor, dtype = tensors[key]
         start, end = end, end + tensor.numel() * dtype.itemsize
         header[key] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def blocks():

@@ -311,9 +311,12 @@ def config_for(sizes: Mapping[str, tuple[int, float]], config: Mapping, base_mod
     module that ends in it. α is scale · r, without rsLoRA. Where the old targets no longer hold
     (`target_modules` is None), full names are listed.
     """
+    holds = _holds(config, sizes)
+    if holds and config.get("target_modules"):
+        return dict(config)
     new = {"peft_type": "LORA", "base_model_name_or_path": base_model, "task_type": None, "bias": "none",
            "inference_mode": True, "lora_dropout": 0.0, "fan_in_fan_out": False} | config  # fmt: skip
-    if not _holds(config, sizes):
+    if not holds:
         alphas = {name: _alpha(rank, scale) for name, (rank, scale) in sizes.items()}
         r = Counter(rank for rank, _ in sizes.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -328,6 +331,8 @@ def config_for(sizes: Mapping[str, tuple[int, float]], config: Mapping, base_mod
 
 
 def _holds(config: Mapping, sizes: Mapping[str, tuple[int, float]]) -> bool:
+    if not {"r", "lora_alpha"} <= config.keys():  # peft has defaults; other readers may not
+        return False
     try:
         scales = Scales(config, "")
         return all(scales(name, rank) == scale for name, (rank, scale) in sizes.items())

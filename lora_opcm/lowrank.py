@@ -92,8 +92,16 @@ class LowRank:
         return (q_left @ u).to(work), s.to(work), (vh @ q_right.mT).to(work)
 
     def balanced(self) -> "LowRank":
-        """The same update in the balanced gauge: left = U√Σ, right = √ΣVᵀ."""
-        return self.truncate()[0]
+        """The same update in the balanced gauge, left = U√Σ and right = √ΣVᵀ.
+
+        Signs are fixed (the largest entry of each column of U is positive), so that for distinct singular
+        values the factors depend on ΔW alone.
+        """
+        u = self.truncate()[0]
+        if not u.rank:
+            return u
+        signs = u.left.gather(0, u.left.abs().argmax(0, keepdim=True)).sign()[0]
+        return LowRank(u.left * signs, signs[:, None] * u.right)
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple["LowRank", float]:
         """The best approximation of lower rank (Eckart–Young), in the balanced gauge.
@@ -154,6 +162,11 @@ class Basis:
     transform: Tensor | None
     coords: Tensor
 
+    @property
+    def nested(self) -> bool:
+        """Whether the first j columns of the factors lie in the first j directions (Cholesky: yes)."""
+        return self.transform is not None
+
     def __matmul__(self, x: Tensor) -> Tensor:
         """Q @ x for x (p, k)."""
         x = x if self.transform is None else self.transform @ x
@@ -192,14 +205,36 @@ class Basis:
 class Core:
     """T updates of one module in the space they share: ΔWₜ = Q_B Cₜ Q_Aᵀ, exactly.
 
-    A rule f with f(P X Qᵀ) = P f(X) Qᵀ for orthonormal P, Q may be run on `cores` and lifted.
+    `factors` holds each Cₜ = left (p, rₜ) @ right (rₜ, q) in float64. A rule f with f(P X Qᵀ) = P f(X) Qᵀ for
+    orthonormal P, Q may be run on the cores and lifted.
     Source: core space merging, arXiv 2509.17786; here the bases stay implicit.
     """
 
     left: Basis
     right: Basis
-    cores: list[Tensor]
+    factors: list[LowRank]
     dtype: torch.dtype
+
+    @property
+    def cores(self) -> list[Tensor]:
+        """The Cₜ, each (p, q), float64."""
+        return [f.left @ f.right for f in self.factors]
+
+    def live(self, t: int) -> tuple[int, int]:
+        """Leading rows and columns outside which the first t cores are zero."""
+        done = sum(f.rank for f in self.factors[:t])
+        p, q = self.left.coords.shape[0], self.right.coords.shape[0]
+        return (done if self.left.nested else p), (done if self.right.nested else q)
+
+    def frames(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Thin SVD of each core, U (p, k), S (k), Vh (k, q), at the cost of its rank."""
+        found = []
+        for f in self.factors:
+            q_left, r_left = torch.linalg.qr(f.left)
+            q_right, r_right = torch.linalg.qr(f.right.mT)
+            u, s, vh = nonzero_svd(r_left @ r_right.mT, self.dtype)
+            found.append((q_left @ u, s, vh @ q_right.mT))
+        return found
 
     def lift(self, x: Tensor, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
         """Q_B x Q_Aᵀ for x (p, q), truncated if asked, in the balanced gauge; and the energy dropped."""
@@ -214,7 +249,7 @@ class Core:
 
 
 def reduce(updates: Sequence[LowRank]) -> Core:
-    """The core space of updates of one shape and any ranks; cores (p, q) are float64.
+    """The core space of updates of one shape and any ranks.
 
     Raises
     ------
@@ -231,7 +266,7 @@ def reduce(updates: Sequence[LowRank]) -> Core:
     right = Basis.of([u.right.mT for u in updates])
     ranks = [u.rank for u in updates]
     pairs = zip(left.coords.split(ranks, dim=1), right.coords.split(ranks, dim=1))
-    return Core(left, right, [b @ a.mT for b, a in pairs], dtype)
+    return Core(left, right, [LowRank(b, a.mT) for b, a in pairs], dtype)
 
 
 # -- small helpers -------------------------------------------------------------------------------------------

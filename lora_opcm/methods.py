@@ -1,44 +1,48 @@
 """The registry of merge methods, and `merge`, which runs any of them on whole adapters."""
 
 import inspect
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from . import rules
 from .adapters import Adapter, combine
-from .lowrank import LowRank, add, working_dtype
-from .opcm import merge_stream
+from .lowrank import LowRank, add, reduce, working_dtype
+from .opcm import VARIANTS, FactorMerger, stream
 from .parallel import parallel_map
+
+SPACES = {
+    "sum": "factors side by side",
+    "core": "core space",
+    "dense": "dense ΔW",
+    "adapter": "whole adapters",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge rule and what is true of it."""
+    """A merge rule and what is true of it.
+
+    `space` says on what `run` works: the updates of one module ("sum"), their `Core` ("core"), their dense
+    float64 matrices ("dense"), or a list of adapters ("adapter").
+    """
 
     name: str
     run: Callable
+    space: str
     source: str
-    continual: bool  # sees one adapter at a time
-    gauge_invariant: bool  # (left G, G⁻¹ right) gives the same result
-    per_module: bool  # runs on the updates of one module; otherwise on whole adapters
+    continual: bool = False  # sees one adapter at a time
+    ordered: bool = False  # the order of the adapters matters
+    gauge_invariant: bool = True  # factors (left G, G⁻¹ right) give the same result
+    data: bool = False  # needs Gram matrices of the layers' inputs
 
     @property
     def options(self) -> dict[str, object]:
         """Option names and defaults."""
-        parameters = list(inspect.signature(self.run).parameters.values())[1:]
-        return {p.name: p.default for p in parameters}
-
-
-REGISTRY: dict[str, Method] = {}
-
-
-def register(source: str, *, continual: bool = False, gauge_invariant: bool = True, per_module: bool = True):
-    """Put a function into the registry under its own name."""
-
-    def wrap(run: Callable) -> Callable:
-        REGISTRY[run.__name__] = Method(run.__name__, run, source, continual, gauge_invariant, per_module)
-        return run
-
-    return wrap
+        return {p.name: p.default for p in list(inspect.signature(self.run).parameters.values())[1:]}
 
 
 def merge(
@@ -59,16 +63,22 @@ def merge(
     method : str
         A name of the registry, see `methods()`.
     weights : sequence of float, optional
-        One factor per adapter, applied to its update first; may be negative.
+        One factor per adapter, applied to its update first; may be negative. 1 unless given.
     rank, energy : optional
         Truncate the result to a rank, or to a share of its squared norm. None keeps it exact.
     **options
-        Of the method.
+        Of the method; `scale` multiplies the merged update.
+
+    Returns
+    -------
+    Adapter
+        In the balanced gauge and the widest dtype of the inputs; computed in float64 cores.
 
     Raises
     ------
     ValueError
-        For an unknown method or option, no adapters, a wrong number of weights, or shapes that differ.
+        For an unknown method or option, no adapters, a wrong number of weights, NaN or Inf among them, or
+        shapes that differ. `AdapterError`, a ValueError, where base models or full tensors disagree.
     """
     if method not in REGISTRY:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(sorted(REGISTRY))}")
@@ -78,29 +88,49 @@ def merge(
         raise ValueError(
             f"{method} has no option {sorted(unknown)}; it takes {sorted(entry.options) or 'none'}"
         )
+    if not 0 < options.get("density", 1) <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {options['density']}")
     adapters = _weighted(adapters, weights)
-    if entry.per_module:
-        shapes = _shapes(adapters)
-        run = lambda item: entry.run([_update(a, *item) for a in adapters], **options)  # noqa: E731
-        modules = dict(zip(shapes, parallel_map(run, shapes.items())))
+    shapes = _shapes(adapters)
+    merged = combine(adapters, adapters[0].modules)
+
+    def one(name: str) -> LowRank:
+        updates = [_update(a, name, shapes[name]) for a in adapters]
+        local = options | ({"seed": _seed(options, name)} if "seed" in entry.options else {})
+        if entry.space == "core":
+            core = reduce(updates)
+            found = entry.run(core, **local)
+            if isinstance(found, Tensor):
+                return core.lift(found, rank, energy)[0]
+            update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
+        elif entry.space == "dense":
+            deltas = [u.left.double() @ u.right.double() for u in updates]
+            update = rules.dense(entry.run(deltas, **local))
+        else:
+            update = entry.run(updates, **local)
+        return update.truncate(rank, energy)[0]
+
+    if entry.space == "adapter":
+        found = entry.run(adapters, **options)
+        modules = {name: u.truncate(rank, energy)[0] for name, u in found.items()}
     else:
-        _shapes(adapters)
-        modules = entry.run(adapters, **options)
-    merged = combine(adapters, modules)
-    cut = parallel_map(lambda u: u.truncate(rank, energy)[0].to(merged.dtype), modules.values())
-    return merged.with_modules(dict(zip(modules, cut)))
+        modules = dict(zip(shapes, parallel_map(one, shapes)))
+    return merged.with_modules({name: u.to(merged.dtype) for name, u in modules.items()})
 
 
 def methods():
-    """The registry as a pandas table: source, properties and options of each method."""
+    """The registry as a pandas table: what each method sees, where it runs, and what it takes."""
     import pandas as pd
 
     rows = [
         {
             "method": m.name,
             "sees": "one at a time" if m.continual else "all at once",
+            "order matters": m.ordered,
             "gauge-invariant": m.gauge_invariant,
-            "options": ", ".join(f"{k}={v!r}" for k, v in m.options.items()),
+            "runs on": SPACES[m.space],
+            "needs data": m.data,
+            "options": ", ".join(m.options),
             "source": m.source,
         }
         for m in REGISTRY.values()
@@ -112,9 +142,11 @@ def _weighted(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> l
     adapters = list(adapters)
     if not adapters:
         raise ValueError("expected at least one adapter, got none")
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     if len(weights) != len(adapters):
         raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
+    if not all(map(torch.isfinite, torch.tensor(weights))):
+        raise ValueError(f"weights must be finite, got {weights}")
 
     def prepared(update: LowRank, weight: float) -> LowRank:
         update = update.to(working_dtype(update.dtype))  # half precision is rounded once, at the end
@@ -129,11 +161,11 @@ def _weighted(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> l
 def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     """Every module any adapter has, with the shape all that have it agree on."""
     shapes: dict[str, tuple[int, int]] = {}
-    for i, adapter in enumerate(adapters):
+    for adapter in adapters:
         for name, update in adapter.modules.items():
             if shapes.setdefault(name, update.shape) != update.shape:
                 raise ValueError(
-                    f"{name}: adapter {i} has shape {update.shape}, an earlier one {shapes[name]}"
+                    f"{adapter.source}: {name} has shape {update.shape}, in an earlier adapter {shapes[name]}"
                 )
     return shapes
 
@@ -145,24 +177,106 @@ def _update(adapter: Adapter, name: str, shape: tuple[int, int]) -> LowRank:
     return LowRank(like.new_zeros(shape[0], 1), like.new_zeros(1, shape[1]))
 
 
-# -- the methods --------------------------------------------------------------------------------------------
+def _seed(options: dict, name: str) -> int:
+    """Another random mask for every module, the same one every time."""
+    return zlib.crc32(f"{options.get('seed', 0)} {name}".encode())
 
 
-@register("Wortsman et al. 2022, arXiv 2203.05482", continual=True)
+# -- methods that are not a rule of one core ----------------------------------------------------------------
+
+
 def mean(updates: Sequence[LowRank]) -> LowRank:
     """(1/T) Σ ΔWₜ."""
     return add(updates, [1 / len(updates)] * len(updates))
 
 
-@register("Ilharco et al. 2023, arXiv 2212.04089", continual=True)
-def task_arithmetic(updates: Sequence[LowRank], scale: float = 0.5) -> LowRank:
+def task_arithmetic(updates: Sequence[LowRank], scale: float = 1.0) -> LowRank:
     """scale · Σ ΔWₜ."""
     return add(updates, [scale] * len(updates))
 
 
-@register("Tang et al. 2025, arXiv 2501.09522", continual=True, per_module=False)
+def cat(updates: Sequence[LowRank]) -> LowRank:
+    """Σ ΔWₜ, exact."""
+    return add(updates)
+
+
+def svd(updates: Sequence[LowRank], scale: float = 1.0) -> LowRank:
+    """scale · Σ ΔWₜ, cut to the largest rank among the adapters."""
+    return add(updates, [scale] * len(updates)).truncate(rank=max(u.rank for u in updates))[0]
+
+
 def opcm(
     adapters: Sequence[Adapter], alpha: float = 0.5, variant: str = "paper", scale: str | float = "norm"
 ) -> dict[str, LowRank]:
-    """Σ P_t(ΔWₜ) times one scale; see `lora_opcm.opcm`."""
-    return merge_stream(adapters, alpha=alpha, variant=variant, scale=scale).modules
+    """Σ P_t(ΔWₜ) times one scale for the whole adapter; "norm" gives it the mean norm of the adapters."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
+    shapes = _shapes(adapters)
+
+    def one(name: str) -> LowRank:
+        core = reduce([a.modules[name] for a in adapters if name in a.modules])
+        return core.lift(stream(core, alpha, variant))[0]
+
+    sums = dict(zip(shapes, parallel_map(one, shapes)))
+    if scale == "norm":
+        size = sum(u.norm() ** 2 for u in sums.values()) ** 0.5
+        scale = sum(a.norm() for a in adapters) / len(adapters) / size if size else 1.0
+    return {name: u * float(scale) for name, u in sums.items()}
+
+
+def lora_opcm(adapters: Sequence[Adapter], alpha: float = 0.5, gauge: str = "given") -> dict[str, LowRank]:
+    """OPCM on the two factors apart, as the drafts propose; see `opcm.FactorMerger`."""
+    merger = FactorMerger(alpha=alpha, gauge=gauge)
+    for adapter in adapters:
+        merger.add(adapter)
+    return merger.updates()
+
+
+def regmean(adapters: Sequence[Adapter], grams: Sequence[dict[str, Tensor]] = ()) -> dict[str, LowRank]:
+    """(Σ ΔWₜGₜ)(Σ Gₜ)⁻¹ with Gₜ = XᵀX (n, n) of the layer's inputs on task t: least squares on the outputs."""
+    if len(grams) != len(adapters):
+        raise ValueError(f"regmean needs grams, one dict module → XᵀX per adapter: got {len(grams)}")
+    merged = {}
+    for name, (_, n) in _shapes(adapters).items():
+        found = [g.get(name) for g in grams]
+        if any(g is None or g.shape != (n, n) for g in found):
+            got = [None if g is None else tuple(g.shape) for g in found]
+            raise ValueError(f"{name}: expected a Gram matrix {(n, n)} per adapter, got {got}")
+        total = sum(g.double() for g in found)
+        total += 1e-9 * total.diagonal().mean() * torch.eye(n, dtype=total.dtype)  # rank-deficient inputs
+        updates = [a.modules.get(name) for a in adapters]
+        present = [(u, g) for u, g in zip(updates, found) if u is not None]
+        right = [torch.linalg.solve(total, g.double() @ u.right.double().mT).mT for u, g in present]
+        left = torch.cat([u.left.double() for u, _ in present], 1)
+        merged[name] = LowRank(left, torch.cat(right, 0))
+    return merged
+
+
+_ENTRIES = [
+    Method("mean", mean, "sum", "Wortsman et al., arXiv 2203.05482", continual=True),
+    Method("task_arithmetic", task_arithmetic, "sum", "Ilharco et al., arXiv 2212.04089", continual=True),
+    Method("cat", cat, "sum", "exact sum; peft's cat", continual=True),
+    Method("svd", svd, "sum", "Eckart and Young 1936; peft's svd"),
+    Method("ties", rules.ties, "dense", "Yadav et al., arXiv 2306.01708"),
+    Method("dare", rules.dare, "dense", "Yu et al., arXiv 2311.03099", ordered=True),
+    Method("dare_ties", rules.dare_ties, "dense", "Yu et al., arXiv 2311.03099", ordered=True),
+    Method("magnitude_prune", rules.magnitude_prune, "dense", "peft's magnitude_prune"),
+    Method("knots_ties", rules.knots_ties, "core", "Stoica et al., arXiv 2410.19735"),
+    Method("tsv", rules.tsv, "core", "Gargiulo et al., arXiv 2412.00081"),
+    Method("iso_c", rules.iso_c, "core", "Marczak et al., arXiv 2502.04959"),
+    Method("iso_cts", rules.iso_cts, "core", "Marczak et al., arXiv 2502.04959"),
+    Method("core_ties", rules.core_ties, "core", "Core Space, arXiv 2509.17786"),
+    Method("core_dare_ties", rules.core_dare_ties, "core", "Core Space, arXiv 2509.17786", ordered=True),
+    Method("regmean", regmean, "adapter", "Jin et al., arXiv 2212.09849", data=True),
+    Method("ctm", rules.ctm, "core", "Compress then Merge, arXiv 2606.03723"),
+    Method("chordal_mean", rules.chordal_mean, "core", "design of this book"),
+    Method("karcher_mean", rules.karcher_mean, "core", "design of this book"),
+    Method("quotient_mean", rules.quotient_mean, "core", "after GeoMerge, arXiv 2604.27155"),
+    Method("opcm", opcm, "adapter", "Tang et al., arXiv 2501.09522", continual=True, ordered=True),
+    Method(
+        "lora_opcm", lora_opcm, "adapter", "the drafts of this book",
+        continual=True, ordered=True, gauge_invariant=False,
+    ),
+    Method("whitening", rules.whitening, "core", "this book", continual=True, ordered=True),
+]  # fmt: skip
+REGISTRY: dict[str, Method] = {m.name: m for m in _ENTRIES}

@@ -7,16 +7,23 @@ The projection does not see the scale of the merged update M, so λ never compou
 sum S = Σ P_t(Δ_t), and M is S times one final scale.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import Adapter
-from .lowrank import LowRank, nonzero_svd, reduce, working_dtype
+from .adapters import Adapter, AdapterError, Kind, combine
+from .lowrank import Core, LowRank, nonzero_svd, reduce, working_dtype
 from .parallel import parallel_map
 
 VARIANTS = ("paper", "fusionbench")
+STATE_KEY = "lora_opcm_state"
 
 
 def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
@@ -56,6 +63,17 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
     overlap = block.diagonal().diag()
     overlap[:k, :k] = block[:k, :k]
     return delta - u @ overlap @ vh
+
+
+def stream(core: Core, alpha: float, variant: str) -> Tensor:
+    """S = Σ P_t(Cₜ) of one module, all adapters at hand; (p, q). At step t only the live part is touched."""
+    cores = core.cores
+    total = cores[0].clone()
+    for t in range(1, len(cores)):
+        p, q = core.live(t + 1)
+        seen = total[:p, :q].clone()
+        total[:p, :q] += project(cores[t][:p, :q], seen, alpha, variant, core.dtype)
+    return total
 
 
 @dataclass
@@ -110,6 +128,13 @@ class ContinualMerger:
     def add(self, adapter: Adapter, name: str | None = None) -> "ContinualMerger":
         """Take in one adapter. A module it lacks counts as zero; a module's first update is taken whole."""
         state = self.state
+        for module, update in adapter.modules.items():
+            known = state.updates.get(module)
+            if known is not None and known.shape != update.shape:
+                raise ValueError(
+                    f"{adapter.source}: {module} has shape {update.shape}, in the merged state {known.shape}"
+                )
+        like = combine([self._like, adapter], self._like.modules) if self._like else adapter
         taken = dict(zip(adapter.modules, parallel_map(self._take, adapter.modules.items())))
         state.updates |= {module: update for module, (update, _, _) in taken.items()}
         kept, dropped = (sum(t[i] for t in taken.values()) for i in (1, 2))
@@ -127,7 +152,7 @@ class ContinualMerger:
                 "rank": max(u.rank for u in state.updates.values()),
             }
         )
-        self._like = self._like or adapter
+        self._like = like
         return self
 
     def _take(self, item: tuple[str, LowRank]) -> tuple[LowRank, float, float]:
@@ -156,11 +181,103 @@ class ContinualMerger:
         )
         return like.with_modules(dict(zip(updates, cut_off)))
 
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the state to one .safetensors file: thin factors as tensors, all else as JSON in its header.
 
-def merge_stream(adapters: Sequence[Adapter], **options) -> Adapter:
-    """All adapters in the order given, through one `ContinualMerger`."""
-    rank, energy = options.pop("rank", None), options.pop("energy", None)
-    merger = ContinualMerger(**options)
-    for adapter in adapters:
-        merger.add(adapter)
-    return merger.adapter(rank=rank, energy=energy)
+        Written under a temporary name in the same folder and renamed, so a file that was there stays whole
+        until the new one is.
+        """
+        if self._like is None:
+            raise ValueError("nothing was added yet: there is no state to save")
+        tensors = {f"saved/{name}": t.contiguous() for name, t in self._like.saved.items()}
+        for name, u in self.state.updates.items():
+            tensors |= {f"left/{name}": u.left.contiguous(), f"right/{name}": u.right.contiguous()}
+        like = self._like
+        header = {
+            "merger": {"alpha": self.alpha, "variant": self.variant, "scale": self.scale, "rank": self.rank},
+            "state": {"norms": self.state.norms, "names": self.state.names, "history": self.state.history},
+            "modules": list(self.state.updates),
+            "adapter": {
+                "base_model": like.base_model,
+                "format": like.format,
+                "kinds": {name: asdict(kind) for name, kind in like.kinds.items()},
+                "config": like.config,
+                "metadata": like.metadata,
+                "dtype": str(like.dtype).removeprefix("torch."),
+                "source": like.source,
+            },
+        }
+        path = Path(path)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, scratch, metadata={STATE_KEY: json.dumps(header)})
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ContinualMerger":
+        """The merger that `save` wrote; going on from it gives the same bytes as never having stopped.
+
+        Raises
+        ------
+        AdapterError
+            If the file is not a state, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})[STATE_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise AdapterError(f"{path}: expected a state written by ContinualMerger.save: {error}") from None
+        merger = cls(**header["merger"])
+        merger.state = MergedState(
+            {n: LowRank(tensors[f"left/{n}"], tensors[f"right/{n}"]) for n in header["modules"]},
+            **header["state"],
+        )
+        like = header["adapter"]
+        like["kinds"] = {n: Kind(k["name"], tuple(k["kernel"])) for n, k in like["kinds"].items()}
+        like["dtype"] = getattr(torch, like["dtype"])
+        saved = {n.removeprefix("saved/"): t for n, t in tensors.items() if n.startswith("saved/")}
+        merger._like = Adapter(merger.state.updates, saved=saved, **like)
+        return merger
+
+
+class FactorMerger:
+    """The drafts' LoRA-OPCM: one OPCM stream for the up-projections, another for the down-projections.
+
+    Depends on the gauge: it merges numbers that only their product gives a meaning. With gauge "balanced"
+    every adapter is brought to U√Σ, √ΣVᵀ with fixed signs first, so that the result depends on the updates
+    alone; it still is another method than OPCM. All ranks of one module must be equal.
+    """
+
+    def __init__(self, alpha: float = 0.5, gauge: str = "given", scale: str | float = "norm"):
+        if gauge not in ("given", "balanced"):
+            raise ValueError(f"gauge must be 'given' or 'balanced', got {gauge!r}")
+        self.gauge = gauge
+        self.left, self.right = (ContinualMerger(alpha=alpha, scale=scale) for _ in range(2))
+
+    def add(self, adapter: Adapter) -> "FactorMerger":
+        """Take in one adapter."""
+        lefts, rights = {}, {}
+        for name, u in adapter.modules.items():
+            known = self.left.state.updates.get(name)
+            if known is not None and known.shape[1] != u.rank:
+                raise ValueError(
+                    f"{adapter.source}: {name} has rank {u.rank}, an earlier adapter {known.shape[1]};"
+                    " merging factors needs equal ranks"
+                )
+            u = u.balanced() if self.gauge == "balanced" else u
+            eye = torch.eye(u.rank, dtype=u.dtype, device=u.left.device)
+            lefts[name], rights[name] = LowRank(u.left, eye), LowRank(eye, u.right)
+        self.left.add(adapter.with_modules(lefts))
+        self.right.add(adapter.with_modules(rights))
+        return self
+
+    def updates(self) -> dict[str, LowRank]:
+        """The product of the merged factors, per module."""
+        left, right = self.left.adapter().modules, self.right.adapter().modules
+        return {name: LowRank(left[name].delta(), right[name].delta()) for name in left}

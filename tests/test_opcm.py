@@ -111,3 +111,42 @@ def test_wrong_options_are_refused(options, words):
         lo.ContinualMerger(**options)
     with pytest.raises(ValueError, match="nothing was added"):
         lo.ContinualMerger().adapter()
+
+
+def test_a_saved_state_goes_on_as_if_it_had_not_stopped(generator, tmp_path):
+    stream = [adapter(SHAPES, 3, generator) for _ in range(4)]
+    straight, stopped = lo.ContinualMerger(alpha=0.4, rank=6), lo.ContinualMerger(alpha=0.4, rank=6)
+    for i, a in enumerate(stream):
+        straight.add(a, name=f"task {i}")
+        stopped.add(a, name=f"task {i}")
+        stopped = lo.ContinualMerger.load(stopped.save(tmp_path / "state.safetensors"))
+    assert straight.state.history == stopped.state.history and stopped.state.names[-1] == "task 3"
+    for name in SHAPES:
+        one, two = straight.adapter().modules[name], stopped.adapter().modules[name]
+        assert torch.equal(one.left, two.left) and torch.equal(one.right, two.right)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_damaged_state_is_refused_and_a_failed_save_keeps_the_old_one(generator, tmp_path, monkeypatch):
+    path = lo.ContinualMerger().add(adapter(SHAPES, 3, generator)).save(tmp_path / "state.safetensors")
+    whole = path.read_bytes()
+    merger = lo.ContinualMerger.load(path)
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lora_opcm.opcm.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        merger.save(path)
+    assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lo.AdapterError, match="expected a state written by"):
+        lo.ContinualMerger.load(path)
+
+
+def test_a_wrong_shape_leaves_the_state_as_it_was(generator):
+    merger = lo.ContinualMerger().add(adapter(SHAPES, 3, generator))
+    before = merger.state.norm()
+    with pytest.raises(ValueError, match=r"b has shape \(30, 20\), in the merged state \(30, 18\)"):
+        merger.add(adapter({"a": SHAPES["a"], "b": (30, 20)}, 3, generator))
+    assert merger.state.norm() == before and len(merger.state.norms) == 1

@@ -55,11 +55,18 @@ def copy_scripts(app, error):
         )
 
 
+def drop_thebe(app, page, template, context, doctree):
+    """No page runs code through thebe, yet jupyter-book adds its scripts, twice: a console error on each page."""
+    scripts = context.get("script_files", [])
+    context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes}".lower()]
+
+
 def setup(app):
     from myst_nb.core.render import load_mime_renders
 
     if PlotlyFigure not in load_mime_renders():  # the list is cached for the process
         load_mime_renders().append(PlotlyFigure)
     app.config.mathjax_path = "mathjax/tex-chtml.js"
+    app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

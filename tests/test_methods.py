@@ -1,0 +1,309 @@
+"""Every method of the registry, held to what the registry says of it."""
+
+import pytest
+import torch
+from factories import adapter, dense, dense_opcm, error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_opcm as lo
+from lora_opcm.lowrank import LowRank
+from lora_opcm.methods import REGISTRY
+
+SHAPES = {"a": (40, 32), "b": (36, 48)}
+T, RANK = 4, 3
+FLAT = {"iso_c", "iso_cts"}  # their point is not to return the one adapter they are given
+
+
+def stream(dtype=torch.float64, seed=0, rank=RANK, shapes=SHAPES, count=T):
+    generator = torch.Generator().manual_seed(seed)
+    return [adapter(shapes, rank, generator, dtype) for _ in range(count)]
+
+
+def grams(count, shapes=SHAPES, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        inputs = {name: torch.randn(200, n, generator=generator, dtype=torch.float64) for name, (_, n) in shapes.items()}
+        found.append({name: x.mT @ x for name, x in inputs.items()})
+    return found
+
+
+def run(method, adapters, neutral=False, order=None, **options):
+    entry = REGISTRY[method]
+    if neutral:
+        options |= {k: 1.0 for k in ("scale", "density") if k in entry.options}
+    if entry.data:
+        options["grams"] = [grams(len(adapters))[i] for i in (order or range(len(adapters)))]
+    return lo.merge(adapters, method, **options)
+
+
+def distance(a, b):
+    """Relative distance of two adapters, the largest over modules."""
+    return max(error(a.modules[n], dense(b.modules[n])) for n in b.modules)
+
+
+@pytest.mark.parametrize("method", sorted(set(REGISTRY) - FLAT))
+def test_identity(method):
+    one = stream(count=1)
+    assert distance(run(method, one, neutral=True), one[0]) < 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(FLAT))
+def test_flat_methods_keep_the_subspace_of_one_adapter(method):
+    one = stream(count=1)
+    merged = run(method, one)
+    for name, u in one[0].modules.items():
+        assert float(lo.phi(merged.modules[name], u)) == pytest.approx(1, abs=1e-6)
+        s = merged.modules[name].svd()[1]
+        assert float(s.max() / s.min()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", sorted(m.name for m in REGISTRY.values() if m.gauge_invariant))
+def test_gauge_invariance(method):
+    given_, spun = stream(), [a.regauge(seed) for seed, a in enumerate(stream())]
+    assert distance(run(method, spun), run(method, given_)) < 1e-6
+
+
+def test_lora_opcm_depends_on_the_gauge_and_the_balanced_gauge_repairs_that():
+    given_, spun = stream(), [a.regauge(seed) for seed, a in enumerate(stream())]
+    assert distance(run("lora_opcm", spun), run("lora_opcm", given_)) > 0.05
+    assert distance(run("lora_opcm", spun, gauge="balanced"), run("lora_opcm", given_, gauge="balanced")) < 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_order_matters_where_the_registry_says_so(method):
+    order = [2, 0, 3, 1]
+    there = run(method, stream())
+    back = run(method, [stream()[i] for i in order], order=order)
+    moved = distance(back, there)
+    assert moved > 1e-3 if REGISTRY[method].ordered else moved < 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_same_input_same_bytes(method):
+    one, two = run(method, stream(torch.float32)), run(method, stream(torch.float32))
+    for name in SHAPES:
+        assert torch.equal(one.modules[name].left, two.modules[name].left)
+        assert torch.equal(one.modules[name].right, two.modules[name].right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_dtype_in_is_dtype_out(method, dtype):
+    merged = run(method, stream(dtype))
+    assert {u.dtype for u in merged.modules.values()} == {dtype}
+    assert all(torch.isfinite(u.left).all() and u.norm() > 0 for u in merged.modules.values())
+
+
+@pytest.mark.parametrize("method", sorted(m.name for m in REGISTRY.values() if m.space == "core" and m.name != "knots_ties"))
+def test_core_rules_commute_with_rotations(method):
+    """f(P X Qᵀ) = P f(X) Qᵀ: the theorem that lets them run in the core."""
+    generator = torch.Generator().manual_seed(5)
+    p, q = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n in SHAPES["a"])
+    plain = [a.with_modules({"a": a.modules["a"]}) for a in stream()]
+    turned = [
+        a.with_modules({"a": LowRank(p @ a.modules["a"].left, a.modules["a"].right @ q.mT)}) for a in plain
+    ]
+    expected = p @ dense(run(method, plain).modules["a"]) @ q.mT
+    assert error(run(method, turned).modules["a"], expected) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "knots_ties"])
+def test_element_wise_rules_do_not_commute(method):
+    generator = torch.Generator().manual_seed(5)
+    q = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))[0]
+    plain = [a.with_modules({"a": a.modules["a"]}) for a in stream()]
+    turned = [a.with_modules({"a": LowRank(a.modules["a"].left, a.modules["a"].right @ q.mT)}) for a in plain]
+    assert error(run(method, turned, density=0.3).modules["a"],
+                 dense(run(method, plain, density=0.3).modules["a"]) @ q.mT) > 0.05  # fmt: skip
+
+
+# -- dense float64 references, written from the papers -------------------------------------------------------
+
+
+def _svd(x, k=None):
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = int((s > 1e-6 * s[0]).sum()) if k is None else k
+    return u[:, :k], s[:k], vh[:k]
+
+
+def _ortho(x):
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u @ vh
+
+
+def _top(x, density):
+    flat = x.abs().flatten().sort(descending=True).values
+    return torch.where(x.abs() >= flat[max(1, round(density * x.numel())) - 1], x, 0)
+
+
+def _ties(xs, density):
+    xs = [_top(x, density) for x in xs]
+    sign = torch.sign(sum(xs))
+    hits = sum(((x.sign() == sign) & (x != 0)).double() for x in xs)
+    return sum(torch.where(x.sign() == sign, x, 0) for x in xs) / hits.clamp_min(1)
+
+
+def _tsv(ds):
+    parts = [_svd(d) for d in ds]
+    u, v = torch.cat([p[0] for p in parts], 1), torch.cat([p[2].mT for p in parts], 1)
+    return _ortho(u) @ torch.cat([p[1] for p in parts]).diag() @ _ortho(v).mT
+
+
+def _iso(ds):
+    u, s, vh = _svd(sum(ds))
+    return s.mean() * u @ vh
+
+
+def _chordal(ds):
+    k = len(_svd(ds[0])[1])
+    left = torch.linalg.eigh(sum(u @ u.mT for u, _, _ in map(_svd, ds)))[1][:, -k:]
+    right = torch.linalg.eigh(sum(vh.mT @ vh for _, _, vh in map(_svd, ds)))[1][:, -k:]
+    return left @ left.mT @ sum(ds) @ right @ right.mT
+
+
+def _knots(ds, density):
+    u, s, vh = _svd(torch.cat(ds, 1))
+    return u @ s.diag() @ _ties([v.mT for v in vh.split(ds[0].shape[1], 1)], density).mT
+
+
+def _ctm(ds):
+    k = len(_svd(ds[0])[1])
+    left = _svd(torch.cat(ds, 1), k)[0]
+    right = _svd(torch.cat([d.mT for d in ds], 1), k)[0]
+    return left @ left.mT @ sum(ds) @ right @ right.mT
+
+
+def _whitening(ds):
+    u, s, vh = _svd(ds[0])
+    for d in ds[1:]:
+        nu, ns, nv = _svd(d)
+        u, vh, s = _ortho(torch.cat([u, nu], 1)), _ortho(torch.cat([vh.mT, nv.mT], 1)).mT, torch.cat([s, ns])
+    return u @ s.diag() @ vh
+
+
+DENSE = {
+    "mean": lambda ds: sum(ds) / len(ds),
+    "task_arithmetic": sum,
+    "cat": sum,
+    "svd": lambda ds: (lambda u, s, vh: u @ s.diag() @ vh)(*_svd(sum(ds), RANK)),
+    "ties": lambda ds: _ties(ds, 0.2),
+    "magnitude_prune": lambda ds: sum(_top(d, 0.5) for d in ds),
+    "knots_ties": lambda ds: _knots(ds, 0.5),
+    "tsv": _tsv,
+    "iso_c": _iso,
+    "ctm": _ctm,
+    "chordal_mean": _chordal,
+    "whitening": _whitening,
+}
+
+
+@pytest.mark.parametrize("method", sorted(DENSE))
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_agrees_with_the_dense_float64_reference(method, seed):
+    adapters = stream(torch.float32, seed)
+    merged = run(method, adapters)
+    for name in SHAPES:
+        assert error(merged.modules[name], DENSE[method]([dense(a.modules[name]) for a in adapters])) < 1e-5
+
+
+def test_regmean_is_least_squares():
+    adapters, statistics = stream(), grams(T)
+    merged = lo.merge(adapters, "regmean", grams=statistics)
+    for name, (_, n) in SHAPES.items():
+        numerator = sum(dense(a.modules[name]) @ g[name] for a, g in zip(adapters, statistics))
+        assert error(merged.modules[name], numerator @ torch.linalg.inv(sum(g[name] for g in statistics))) < 1e-6
+    with pytest.raises(ValueError, match="grams"):
+        lo.merge(adapters, "regmean")
+
+
+def test_quotient_mean_of_regauged_copies_is_the_adapter():
+    one = stream(count=1)[0]
+    copies = [one, one.regauge(1), one.regauge(2)]
+    assert distance(lo.merge(copies, "quotient_mean"), one) < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(REGISTRY)), st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 99))
+def test_mixed_ranks(method, ranks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    adapters = [adapter(SHAPES, r, generator) for r in ranks]
+    if method == "lora_opcm" and len(set(ranks)) > 1:
+        with pytest.raises(ValueError, match="equal ranks"):
+            run(method, adapters)
+        return
+    merged = run(method, adapters, rank=2)
+    assert all(u.rank <= 2 and u.shape == SHAPES[n] for n, u in merged.modules.items())
+
+
+def test_weights_rank_and_energy():
+    adapters = stream()
+    weights = [0.7, -0.4, 0.0, 2.0]
+    merged = lo.merge(adapters, "cat", weights=weights)
+    for name in SHAPES:
+        assert error(merged.modules[name], sum(w * dense(a.modules[name]) for w, a in zip(weights, adapters))) < 1e-9
+    assert all(u.rank == 5 for u in lo.merge(adapters, "cat", rank=5).modules.values())
+    kept = lo.merge(adapters, "cat", energy=0.6)
+    assert all(0.6 <= (kept.modules[n].norm() / lo.merge(adapters, "cat").modules[n].norm()) ** 2 < 1 for n in SHAPES)
+
+
+def test_a_missing_module_counts_as_zero():
+    whole, part = stream()[0], stream(seed=1, shapes={"b": SHAPES["b"]})[0]
+    merged = lo.merge([whole, part], "cat")
+    assert error(merged.modules["a"], dense(whole.modules["a"])) < 1e-9
+    half = lo.merge([whole, part], "mean")
+    assert error(half.modules["a"], dense(whole.modules["a"]) / 2) < 1e-9
+    for method in sorted(set(REGISTRY) - {"regmean", "lora_opcm"}):
+        assert torch.isfinite(dense(lo.merge([whole, part], method).modules["a"])).all(), method
+
+
+def test_identical_adapters():
+    one = stream(torch.float32)[0]
+    for method in sorted(set(REGISTRY) - {"regmean"}):
+        merged = lo.merge([one, one, one], method)
+        assert all(torch.isfinite(u.left).all() and u.rank <= 40 for u in merged.modules.values()), method
+
+
+def test_registry_opcm_is_the_streaming_one():
+    adapters = stream()
+    for variant in ("paper", "fusionbench"):
+        merger = lo.ContinualMerger(alpha=0.4, variant=variant)
+        for a in adapters:
+            merger.add(a)
+        assert distance(merger.adapter(), lo.merge(adapters, "opcm", alpha=0.4, variant=variant)) < 1e-9
+    reference = dense_opcm([{n: dense(u) for n, u in a.modules.items()} for a in adapters], 0.4, "paper")
+    assert all(error(lo.merge(adapters, "opcm", alpha=0.4).modules[n], reference[n]) < 1e-6 for n in SHAPES)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"method": "opmc"}, "unknown method 'opmc'; the methods are .*opcm"),
+        ({"method": "opcm", "beta": 1}, r"opcm has no option \['beta'\]; it takes \['alpha'"),
+        ({"method": "opcm", "alpha": 1.5}, "1.5"),
+        ({"method": "opcm", "variant": "x"}, "paper, fusionbench"),
+        ({"method": "ties", "density": 0}, "density"),
+        ({"method": "ctm", "rule": "x"}, "'sum' or 'ties'"),
+        ({"method": "cat", "weights": [1.0]}, "expected 4 weights"),
+        ({"method": "cat", "weights": [1.0, float("nan"), 1, 1]}, "finite"),
+        ({"method": "cat", "rank": 0}, "at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        lo.merge(stream(), **arguments)
+
+
+def test_wrong_adapters_are_refused():
+    with pytest.raises(ValueError, match="at least one adapter"):
+        lo.merge([])
+    other = stream(shapes={"a": (40, 30), "b": SHAPES["b"]})[0]
+    with pytest.raises(ValueError, match=r"a has shape \(40, 30\), in an earlier adapter \(40, 32\)"):
+        lo.merge([stream()[0], other])
+
+
+def test_table_lists_every_method():
+    table = lo.methods()
+    assert list(table.index) == list(REGISTRY)
+    assert table.loc["opcm", "order matters"] and not table.loc["lora_opcm", "gauge-invariant"]

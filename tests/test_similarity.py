@@ -1,0 +1,45 @@
+import pytest
+import torch
+from factories import adapter, dense, error
+
+import lora_opcm as lo
+
+SHAPES = {"a": (24, 30), "b": (30, 18)}
+
+
+def test_rows_agree_with_dense_svds(generator):
+    a, b = adapter(SHAPES, 4, generator), adapter(SHAPES, 5, generator)
+    table = lo.similarity(a, b, k=3, l=4)
+    for name in SHAPES:
+        (ua, _, va), (ub, _, vb) = (torch.linalg.svd(dense(x.modules[name])) for x in (a, b))
+        row = table.loc[name]
+        assert row.phi_left == pytest.approx(float((ua[:, :3].mT @ ub[:, :4]).square().sum() / 3), abs=1e-6)
+        assert row.phi_right == pytest.approx(float((va[:3] @ vb[:4].mT).square().sum() / 3), abs=1e-6)
+        assert row.null_left == pytest.approx(4 / SHAPES[name][0])
+        da, db = dense(a.modules[name]), dense(b.modules[name])
+        assert row.cosine == pytest.approx(float((da * db).sum() / da.norm() / db.norm()), abs=1e-6)
+        assert 0 < row.p_left < 1 and 0 < row.energy_a < 1
+
+
+def test_an_adapter_overlaps_itself_and_a_zero_update_with_nothing(generator):
+    a = adapter(SHAPES, 4, generator)
+    table = lo.similarity(a, a)
+    assert (table[["phi_left", "phi_right", "cosine"]] - 1).abs().max().max() < 1e-6
+    assert table.angle_left.max() < 1e-6
+    zero = a.with_modules({n: u * 0.0 for n, u in a.modules.items()})
+    assert lo.similarity(a, zero).cosine.isna().all()
+    with pytest.raises(ValueError, match="share no module"):
+        lo.similarity(a, adapter({"c": (4, 5)}, 2, generator))
+
+
+def test_align_finds_the_gauge_copy_and_never_moves_the_update(generator):
+    a = adapter(SHAPES, 4, generator, torch.float64)
+    aligned = lo.align(a.regauge(3), to=a)
+    other = adapter(SHAPES, 4, generator, torch.float64)
+    for name in SHAPES:
+        target = a.modules[name].balanced()
+        assert torch.allclose(aligned.modules[name].left, target.left, atol=1e-8)
+        assert error(aligned.modules[name], dense(a.modules[name])) < 1e-10
+        before, after = other.modules[name].balanced(), lo.align(other, to=a).modules[name]
+        gap = lambda u: float((u.left - target.left).norm() ** 2 + (u.right - target.right).norm() ** 2)  # noqa: E731
+        assert gap(after) < gap(before) and error(after, dense(other.modules[name])) < 1e-10
