@@ -12,7 +12,7 @@ EXPERIMENTS := $(patsubst book/experiments/%.ipynb,_build/executed/%.ipynb,$(wil
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*') _config.yml _toc.yml
 TEXTS := 200# test texts a task in the quick profile
 
-.PHONY: book test quick adapters publish lint clean help
+.PHONY: book test quick adapters publish bench lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -36,6 +36,9 @@ publish: $(BIN)/.ready  ## run the experiments on all test texts and put the tab
 	for nb in book/experiments/*.ipynb; do \
 	  $(BIN)/papermill --progress-bar $$nb _build/published/$$(basename $$nb) \
 	    -p texts 0 -p profile full -p results data/results || exit 1; done
+
+bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
+	$(BIN)/python -m lora_opcm.lab.bench
 
 lint: $(BIN)/.ready  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

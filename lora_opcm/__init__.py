@@ -2,13 +2,14 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .adapters import Adapter, AdapterError, load_adapter, save_adapter
+from .adapters import Adapter, AdapterError, load_adapter
 from .data import adapter_path, data_dir
 from .grassmann import phi, principal_angles
 from .lowrank import LowRank
 from .methods import merge, methods
 from .opcm import ContinualMerger, FactorMerger, MergedState
 from .similarity import align, similarity
+from .writing import save_adapter
 
 try:
     __version__ = version("lora-opcm")

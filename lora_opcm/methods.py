@@ -1,6 +1,7 @@
 """The registry of merge methods, and `merge`, which runs any of them on whole adapters."""
 
 import inspect
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import rules
 from .adapters import Adapter, combine
 from .lowrank import LowRank, add, reduce, working_dtype
-from .opcm import VARIANTS, FactorMerger, stream
+from .opcm import FactorMerger
 from .parallel import parallel_map
 
 SPACES = {
@@ -67,7 +68,8 @@ def merge(
     rank, energy : optional
         Truncate the result to a rank, or to a share of its squared norm. None keeps it exact.
     **options
-        Of the method; `scale` multiplies the merged update.
+        Of the method; `scale` multiplies the merged update. "norm", OPCM's default, gives the whole merged
+        adapter the mean norm of its parts.
 
     Returns
     -------
@@ -90,31 +92,47 @@ def merge(
         )
     if not 0 < options.get("density", 1) <= 1:
         raise ValueError(f"density must lie in (0, 1], got {options['density']}")
-    adapters = _weighted(adapters, weights)
+    adapters, weights = list(adapters), _weights(adapters, weights)
     shapes = _shapes(adapters)
     merged = combine(adapters, adapters[0].modules)
+    global_scale = options.get("scale", entry.options.get("scale")) == "norm"
+    if global_scale:
+        options = options | {"scale": 1.0}
 
-    def one(name: str) -> LowRank:
-        updates = [_update(a, name, shapes[name]) for a in adapters]
+    def one(name: str) -> tuple[LowRank, float, Tensor]:
+        """The merged update of one module, its squared norm before truncation, and those of its parts."""
+        updates = [_update(a, name, shapes[name], w) for a, w in zip(adapters, weights)]
         local = options | ({"seed": _seed(options, name)} if "seed" in entry.options else {})
         if entry.space == "core":
             core = reduce(updates)
             found = entry.run(core, **local)
             if isinstance(found, Tensor):
-                return core.lift(found, rank, energy)[0]
+                parts = torch.stack([c.square().sum() for c in core.cores])
+                return core.lift(found, rank, energy)[0], float(found.square().sum()), parts
             update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
         elif entry.space == "dense":
             deltas = [u.left.double() @ u.right.double() for u in updates]
             update = rules.dense(entry.run(deltas, **local))
         else:
             update = entry.run(updates, **local)
-        return update.truncate(rank, energy)[0]
+        return update.truncate(rank, energy)[0], 0.0, torch.zeros(len(adapters))
 
     if entry.space == "adapter":
-        found = entry.run(adapters, **options)
-        modules = {name: u.truncate(rank, energy)[0] for name, u in found.items()}
+        whole = [
+            a.with_modules({n: _update(a, n, shapes[n], w) for n in a.modules})
+            for a, w in zip(adapters, weights)
+        ]
+        modules = {n: u.truncate(rank, energy)[0] for n, u in entry.run(whole, **options).items()}
     else:
-        modules = dict(zip(shapes, parallel_map(one, shapes)))
+        found = dict(zip(shapes, parallel_map(one, shapes)))
+        modules = {name: update for name, (update, _, _) in found.items()}
+    if (
+        global_scale
+    ):  # one factor for the whole adapter: the mean norm of the parts over the norm of the merge
+        size = sum(size for _, size, _ in found.values()) ** 0.5
+        mean_norm = float(sum(parts for _, _, parts in found.values()).sqrt().mean())
+        root = (mean_norm / size if size else 1.0) ** 0.5
+        modules = {name: LowRank(u.left * root, u.right * root) for name, u in modules.items()}
     return merged.with_modules({name: u.to(merged.dtype) for name, u in modules.items()})
 
 
@@ -138,24 +156,15 @@ def methods():
     return pd.DataFrame(rows).set_index("method")
 
 
-def _weighted(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[Adapter]:
-    adapters = list(adapters)
+def _weights(adapters: list[Adapter], weights: Sequence[float] | None) -> list[float]:
     if not adapters:
         raise ValueError("expected at least one adapter, got none")
     weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     if len(weights) != len(adapters):
         raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
-    if not all(map(torch.isfinite, torch.tensor(weights))):
+    if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, got {weights}")
-
-    def prepared(update: LowRank, weight: float) -> LowRank:
-        update = update.to(working_dtype(update.dtype))  # half precision is rounded once, at the end
-        return update if weight == 1 else update * weight
-
-    return [
-        a.with_modules({name: prepared(u, w) for name, u in a.modules.items()})
-        for a, w in zip(adapters, weights)
-    ]
+    return weights
 
 
 def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
@@ -170,11 +179,15 @@ def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _update(adapter: Adapter, name: str, shape: tuple[int, int]) -> LowRank:
-    if name in adapter.modules:
-        return adapter.modules[name]
-    like = next(iter(adapter.modules.values())).left
-    return LowRank(like.new_zeros(shape[0], 1), like.new_zeros(1, shape[1]))
+def _update(adapter: Adapter, name: str, shape: tuple[int, int], weight: float) -> LowRank:
+    """The weighted update of a module, in float32 or better: half precision is rounded once, at the end."""
+    if name not in adapter.modules:
+        like = next(iter(adapter.modules.values())).left
+        update = LowRank(like.new_zeros(shape[0], 1), like.new_zeros(1, shape[1]))
+    else:
+        update = adapter.modules[name]
+    update = update.to(working_dtype(update.dtype))
+    return update if weight == 1 else update * weight
 
 
 def _seed(options: dict, name: str) -> int:
@@ -203,25 +216,6 @@ def cat(updates: Sequence[LowRank]) -> LowRank:
 def svd(updates: Sequence[LowRank], scale: float = 1.0) -> LowRank:
     """scale · Σ ΔWₜ, cut to the largest rank among the adapters."""
     return add(updates, [scale] * len(updates)).truncate(rank=max(u.rank for u in updates))[0]
-
-
-def opcm(
-    adapters: Sequence[Adapter], alpha: float = 0.5, variant: str = "paper", scale: str | float = "norm"
-) -> dict[str, LowRank]:
-    """Σ P_t(ΔWₜ) times one scale for the whole adapter; "norm" gives it the mean norm of the adapters."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
-    shapes = _shapes(adapters)
-
-    def one(name: str) -> LowRank:
-        core = reduce([a.modules[name] for a in adapters if name in a.modules])
-        return core.lift(stream(core, alpha, variant))[0]
-
-    sums = dict(zip(shapes, parallel_map(one, shapes)))
-    if scale == "norm":
-        size = sum(u.norm() ** 2 for u in sums.values()) ** 0.5
-        scale = sum(a.norm() for a in adapters) / len(adapters) / size if size else 1.0
-    return {name: u * float(scale) for name, u in sums.items()}
 
 
 def lora_opcm(adapters: Sequence[Adapter], alpha: float = 0.5, gauge: str = "given") -> dict[str, LowRank]:
@@ -272,7 +266,7 @@ _ENTRIES = [
     Method("chordal_mean", rules.chordal_mean, "core", "design of this book"),
     Method("karcher_mean", rules.karcher_mean, "core", "design of this book"),
     Method("quotient_mean", rules.quotient_mean, "core", "after GeoMerge, arXiv 2604.27155"),
-    Method("opcm", opcm, "adapter", "Tang et al., arXiv 2501.09522", continual=True, ordered=True),
+    Method("opcm", rules.opcm, "core", "Tang et al., arXiv 2501.09522", continual=True, ordered=True),
     Method(
         "lora_opcm", lora_opcm, "adapter", "the drafts of this book",
         continual=True, ordered=True, gauge_invariant=False,

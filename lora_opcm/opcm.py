@@ -52,6 +52,8 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
     diagonal ⟨Δ, u_i v_iᵀ⟩ too, but only on numerically nonzero σ_i: beyond them a full SVD pads U and V with
     an arbitrary basis, and clearing there would make the result depend on the LAPACK build.
     """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
     u, s, vh = nonzero_svd(merged, dtype)
     k = cut(s, alpha, variant)
     if variant == "paper":

@@ -13,6 +13,7 @@ from torch import Tensor
 from .grassmann import chordal_mean as chordal_frame
 from .grassmann import karcher_mean as karcher_frame
 from .lowrank import Core, LowRank, nonzero_svd
+from .opcm import stream
 
 # -- entry by entry ------------------------------------------------------------------------------------------
 
@@ -77,6 +78,13 @@ def iso_cts(core: Core, common: float = 0.8, scale: float = 1.0) -> Tensor:
         right.append(vt[:each].mT)
     mean = torch.cat(spectrum).mean() if len(s) else 0.0
     return scale * mean * polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).mT
+
+
+def opcm(core: Core, alpha: float = 0.5, variant: str = "paper", scale: str | float = "norm") -> Tensor:
+    """One adapter at a time: Σ P_t(Cₜ), each projected off what is there; see `lora_opcm.opcm`."""
+    if scale == "norm":
+        raise ValueError("scale='norm' needs the whole adapter: call it through `merge`")
+    return float(scale) * stream(core, alpha, variant)
 
 
 def whitening(core: Core, scale: float = 1.0) -> Tensor:

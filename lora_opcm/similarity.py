@@ -78,4 +78,3 @@ def align(adapter: Adapter, to: Adapter) -> Adapter:
         return LowRank(x.left @ q, q.mT @ x.right)
 
     return adapter.with_modules(dict(zip(adapter.modules, parallel_map(one, adapter.modules))))
-

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_opcm import adapters as module
-from lora_opcm import formats
-from lora_opcm.adapters import Adapter, AdapterError, Kind, Stored, combine, load_adapter, save_adapter
+from lora_opcm import configs, formats
+from lora_opcm import writing as module
+from lora_opcm.adapters import Adapter, AdapterError, Kind, Stored, combine, load_adapter
 from lora_opcm.lowrank import LowRank, add
+from lora_opcm.writing import save_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.arange(12).reshape(2, 6)
@@ -298,7 +299,7 @@ def test_patterns_match_as_in_peft(rslora):
                 {"a+b": 3}, {"(query|value)": 3}, {"layer.1.query": 3}, {"": 3}]  # fmt: skip
     for pattern in patterns:
         config = {"r": 2, "lora_alpha": 7, "alpha_pattern": pattern, "use_rslora": rslora}
-        scales = formats.Scales(config, "")
+        scales = configs.Scales(config, "")
         for name in names:
             alpha = pattern.get(get_pattern_key(pattern.keys(), name), 7)
             assert scales(name, 2) == alpha / (math.sqrt(2) if rslora else 2), (pattern, name)
@@ -411,9 +412,9 @@ def test_scale_is_folded_without_loss():
 def test_alpha_of_a_new_config_gives_the_scale_back():
     for rank in range(1, 70):
         for scale in (1.0, 2.0, 1 / 3, 16 / math.sqrt(rank), 5 / rank):
-            alpha = formats.config_for({"m": (rank, scale)}, {}, None)["lora_alpha"]
+            alpha = configs.config_for({"m": (rank, scale)}, {}, None)["lora_alpha"]
             assert alpha / rank == pytest.approx(scale, rel=2e-16)
-    assert repr(formats.config_for({"m": (7, 5 / 7)}, {}, None)["lora_alpha"]) == "5"
+    assert repr(configs.config_for({"m": (7, 5 / 7)}, {}, None)["lora_alpha"]) == "5"
 
 
 def test_large_finite_values_are_not_taken_for_inf(plain):

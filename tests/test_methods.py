@@ -24,7 +24,10 @@ def grams(count, shapes=SHAPES, seed=9):
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
-        inputs = {name: torch.randn(200, n, generator=generator, dtype=torch.float64) for name, (_, n) in shapes.items()}
+        inputs = {
+            name: torch.randn(200, n, generator=generator, dtype=torch.float64)
+            for name, (_, n) in shapes.items()
+        }
         found.append({name: x.mT @ x for name, x in inputs.items()})
     return found
 
@@ -68,7 +71,9 @@ def test_gauge_invariance(method):
 def test_lora_opcm_depends_on_the_gauge_and_the_balanced_gauge_repairs_that():
     given_, spun = stream(), [a.regauge(seed) for seed, a in enumerate(stream())]
     assert distance(run("lora_opcm", spun), run("lora_opcm", given_)) > 0.05
-    assert distance(run("lora_opcm", spun, gauge="balanced"), run("lora_opcm", given_, gauge="balanced")) < 1e-6
+    assert (
+        distance(run("lora_opcm", spun, gauge="balanced"), run("lora_opcm", given_, gauge="balanced")) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
@@ -96,11 +101,15 @@ def test_dtype_in_is_dtype_out(method, dtype):
     assert all(torch.isfinite(u.left).all() and u.norm() > 0 for u in merged.modules.values())
 
 
-@pytest.mark.parametrize("method", sorted(m.name for m in REGISTRY.values() if m.space == "core" and m.name != "knots_ties"))
+@pytest.mark.parametrize(
+    "method", sorted(m.name for m in REGISTRY.values() if m.space == "core" and m.name != "knots_ties")
+)
 def test_core_rules_commute_with_rotations(method):
     """f(P X Qᵀ) = P f(X) Qᵀ: the theorem that lets them run in the core."""
     generator = torch.Generator().manual_seed(5)
-    p, q = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n in SHAPES["a"])
+    p, q = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n in SHAPES["a"]
+    )
     plain = [a.with_modules({"a": a.modules["a"]}) for a in stream()]
     turned = [
         a.with_modules({"a": LowRank(p @ a.modules["a"].left, a.modules["a"].right @ q.mT)}) for a in plain
@@ -211,9 +220,11 @@ def test_float32_agrees_with_the_dense_float64_reference(method, seed):
 def test_regmean_is_least_squares():
     adapters, statistics = stream(), grams(T)
     merged = lo.merge(adapters, "regmean", grams=statistics)
-    for name, (_, n) in SHAPES.items():
+    for name in SHAPES:
         numerator = sum(dense(a.modules[name]) @ g[name] for a, g in zip(adapters, statistics))
-        assert error(merged.modules[name], numerator @ torch.linalg.inv(sum(g[name] for g in statistics))) < 1e-6
+        assert (
+            error(merged.modules[name], numerator @ torch.linalg.inv(sum(g[name] for g in statistics))) < 1e-6
+        )
     with pytest.raises(ValueError, match="grams"):
         lo.merge(adapters, "regmean")
 
@@ -225,7 +236,9 @@ def test_quotient_mean_of_regauged_copies_is_the_adapter():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(REGISTRY)), st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 99))
+@given(
+    st.sampled_from(sorted(REGISTRY)), st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 99)
+)
 def test_mixed_ranks(method, ranks, seed):
     generator = torch.Generator().manual_seed(seed)
     adapters = [adapter(SHAPES, r, generator) for r in ranks]
@@ -242,10 +255,15 @@ def test_weights_rank_and_energy():
     weights = [0.7, -0.4, 0.0, 2.0]
     merged = lo.merge(adapters, "cat", weights=weights)
     for name in SHAPES:
-        assert error(merged.modules[name], sum(w * dense(a.modules[name]) for w, a in zip(weights, adapters))) < 1e-9
+        assert (
+            error(merged.modules[name], sum(w * dense(a.modules[name]) for w, a in zip(weights, adapters)))
+            < 1e-9
+        )
     assert all(u.rank == 5 for u in lo.merge(adapters, "cat", rank=5).modules.values())
     kept = lo.merge(adapters, "cat", energy=0.6)
-    assert all(0.6 <= (kept.modules[n].norm() / lo.merge(adapters, "cat").modules[n].norm()) ** 2 < 1 for n in SHAPES)
+    assert all(
+        0.6 <= (kept.modules[n].norm() / lo.merge(adapters, "cat").modules[n].norm()) ** 2 < 1 for n in SHAPES
+    )
 
 
 def test_a_missing_module_counts_as_zero():

@@ -53,12 +53,26 @@ def test_import_needs_little():
 
 
 def test_modules_import_only_upwards():
-    order = ["parallel", "lowrank", "grassmann", "formats", "adapters", "opcm", "methods", "similarity"]
+    order = [
+        "parallel",
+        "lowrank",
+        "grassmann",
+        "formats",
+        "configs",
+        "adapters",
+        "writing",
+        "opcm",
+        "rules",
+        "methods",
+        "similarity",
+    ]
     for i, module in enumerate(order):
         path = ROOT / "lora_opcm" / f"{module}.py"
         if path.exists():
-            used = re.findall(r"^\s*from \.(\w+) import|^\s*from \. import (\w+)", path.read_text(), re.M)
-            below = {a or b for a, b in used} - set(order[:i])
+            used = set(re.findall(r"^\s*from \.(\w+) import", path.read_text(), re.M))
+            for names in re.findall(r"^\s*from \. import (.+)", path.read_text(), re.M):
+                used |= {name.strip() for name in names.split(",")}
+            below = used - set(order[:i])
             assert not below, f"{module} imports {below}"
 
 

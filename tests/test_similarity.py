@@ -32,6 +32,11 @@ def test_an_adapter_overlaps_itself_and_a_zero_update_with_nothing(generator):
         lo.similarity(a, adapter({"c": (4, 5)}, 2, generator))
 
 
+def gap(u, target):
+    """Squared distance of the factors."""
+    return float((u.left - target.left).norm() ** 2 + (u.right - target.right).norm() ** 2)
+
+
 def test_align_finds_the_gauge_copy_and_never_moves_the_update(generator):
     a = adapter(SHAPES, 4, generator, torch.float64)
     aligned = lo.align(a.regauge(3), to=a)
@@ -41,5 +46,4 @@ def test_align_finds_the_gauge_copy_and_never_moves_the_update(generator):
         assert torch.allclose(aligned.modules[name].left, target.left, atol=1e-8)
         assert error(aligned.modules[name], dense(a.modules[name])) < 1e-10
         before, after = other.modules[name].balanced(), lo.align(other, to=a).modules[name]
-        gap = lambda u: float((u.left - target.left).norm() ** 2 + (u.right - target.right).norm() ** 2)  # noqa: E731
-        assert gap(after) < gap(before) and error(after, dense(other.modules[name])) < 1e-10
+        assert gap(after, target) < gap(before, target) and error(after, dense(other.modules[name])) < 1e-10

@@ -1,0 +1,189 @@
+"""`make bench`: what merging costs, against the dense algorithm and against the floor of reading and writing.
+
+Every part runs in a process of its own, so that its peak memory is its own. Times are wall clock, best of the
+runs named; compare numbers of one run only.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from .. import LowRank, load_adapter, merge, save_adapter
+from ..adapters import Adapter
+from ..lowrank import reduce
+from ..opcm import ContinualMerger, project, stream
+
+app = typer.Typer(add_completion=False)
+
+
+def emit(found: dict) -> None:
+    """Hand the numbers of a part to the process that asked for it."""
+    print(json.dumps(found))
+
+
+RANK, COUNT = 16, 8
+LLAMA = {  # Llama-2-7B: the seven linear modules of a layer, (out, in)
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
+    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}  # fmt: skip
+LAYERS = 32
+
+
+def best(function: Callable, runs: int = 3) -> float:
+    """Seconds of the fastest of `runs` calls."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak() -> float:
+    """Peak resident memory of this process in GB, file pages that were mapped included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def updates(m: int, n: int, count: int = COUNT, seed: int = 0) -> list[LowRank]:
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return [LowRank(make(m, RANK), make(RANK, n)) for _ in range(count)]
+
+
+@app.command()
+def module(size: int = 4096):
+    """(a) OPCM of 8 adapters on one square module: core space against the dense algorithm."""
+    parts = updates(size, size)
+    core_seconds = best(lambda: (lambda c: c.lift(stream(c, 0.5, "paper")))(reduce(parts)), 5)
+    core_peak = peak()
+    merged, delta = parts[0].delta(), parts[1].delta()
+
+    def dense_step():
+        u, s, vh = torch.linalg.svd(merged)
+        k = int((s.cumsum(0) / s.sum() < 0.5).sum()) + 1
+        p = u.mT @ delta @ vh.mT
+        p.diagonal()[: int((s > 1e-6 * s[0]).sum())] = 0
+        p[:k], p[:, :k] = 0, 0
+        return merged + u @ p @ vh
+
+    step = best(dense_step, 1)
+    core = reduce(parts)
+    exact = core.lift(core.cores[0] + project(core.cores[1], core.cores[0], 0.5, "paper", core.dtype))[0]
+    gap = float((exact.delta() - dense_step()).norm() / exact.norm()) if size <= 1024 else float("nan")
+    dense_seconds = step * (COUNT - 1)  # the seven steps cost the same; one is run
+    emit({
+        "core, s": core_seconds, "dense, s (7 × one step)": dense_seconds, "times faster": dense_seconds / core_seconds,
+        "core peak, GB": core_peak, "dense peak, GB": peak(), "gap of one step": gap,
+    })  # fmt: skip
+
+
+@app.command()
+def make(folder: Path):
+    """Eight synthetic adapters with the shapes of Llama-2-7B, float16, in PEFT folders."""
+    for t in range(COUNT):
+        generator = torch.Generator().manual_seed(t)
+        modules = {}
+        for layer in range(LAYERS):
+            for name, (m, n) in LLAMA.items():
+                left = torch.randn(m, RANK, generator=generator).half()
+                right = torch.randn(RANK, n, generator=generator).half()
+                modules[f"model.layers.{layer}.{name}"] = LowRank(left, right)
+        save_adapter(Adapter(modules, dtype=torch.float16), folder / f"adapter{t}", format="peft")
+    emit({})
+
+
+@app.command()
+def floor(folder: Path):
+    """Read every input tensor once, write one adapter of the same rank."""
+
+    def run():
+        for path in sorted(folder.glob("adapter*/*.safetensors")):
+            tensors = {name: t.clone() for name, t in load_file(path).items()}
+        save_file(tensors, folder / "floor.safetensors")
+
+    emit({"floor, s": best(run), "peak, GB": peak()})
+
+
+@app.command()
+def disk(folder: Path, method: str = "opcm", rank: int = RANK):
+    """(b) Disk to disk: load 8 adapters, merge, write one of the same rank."""
+
+    def run():
+        adapters = [load_adapter(path) for path in sorted(folder.glob("adapter*")) if path.is_dir()]
+        save_adapter(merge(adapters, method, rank=rank), folder / "merged", overwrite=True)
+
+    seconds = best(run, 3)
+    size = sum(p.stat().st_size for p in folder.glob("adapter*/*.safetensors")) / 1e9
+    emit({f"{method}, s": seconds, "inputs, GB": size, "peak, GB": peak()})
+
+
+@app.command()
+def growth(size: int = 4096, cap: int = 64):
+    """(c) Time against T: all at once, and one at a time with a rank cap."""
+    rows = {}
+    for count in (2, 4, 8, 16, 32, 64):
+        parts = updates(size, size, count)
+        joint = best(lambda parts=parts: (lambda c: c.lift(stream(c, 0.5, "paper")))(reduce(parts)), 1)
+        adapters = [Adapter({"w": u}) for u in parts]
+        merger = ContinualMerger(alpha=0.5, rank=cap)
+        for a in adapters[:-1]:
+            merger.add(a)
+        rows[count] = {
+            "joint, s": joint,
+            "last streamed add, s": best(lambda m=merger, a=adapters[-1]: m.add(a), 1),
+        }
+    emit(
+        {f"T = {count}: {what}": value for count, row in rows.items() for what, value in row.items()}
+        | {"peak, GB": peak()}
+    )
+
+
+def run(part: str, *arguments: str) -> dict:
+    """One part in a process of its own."""
+    command = [sys.executable, "-m", "lora_opcm.lab.bench", part, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{part} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+@app.callback(invoke_without_command=True)
+def everything(context: typer.Context, size: int = 4096):
+    """All parts, one after the other, as a table."""
+    if context.invoked_subcommand:
+        return
+    rows = []
+
+    def report(title: str, found: dict):
+        rows.extend((title, what, f"{value:.3g}") for what, value in found.items())
+        print(
+            pd.DataFrame(rows[-len(found) :], columns=["part", "what", "value"]).to_string(index=False),
+            flush=True,
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        run("make", folder)
+        floor_ = run("floor", folder)
+        report("floor", floor_)
+        merged = run("disk", folder)
+        report(
+            "8 × Llama-2-7B, disk to disk",
+            merged | {"times the floor": merged["opcm, s"] / floor_["floor, s"]},
+        )
+    report(f"growth with T, {size}²", run("growth", "--size", str(size)))
+    report(f"one module, {size}²", run("module", "--size", str(size)))
+
+
+if __name__ == "__main__":
+    app()
