@@ -86,3 +86,38 @@ def test_version_stands_the_same_everywhere():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_functions_named_on_the_notation_page_exist():
+    import importlib
+
+    import lora_opcm as lo
+
+    names = set(re.findall(r"`((?:\w+\.)+\w+)`", (ROOT / "book" / "notation.md").read_text()))
+    assert len(names) > 20
+    for name in names:
+        first, *rest = name.split(".")
+        if first == "lo":
+            found = lo
+        elif hasattr(lo, first) and first[0].isupper():
+            found = getattr(lo, first)
+        elif first == "lab":
+            found, rest = importlib.import_module(f"lora_opcm.lab.{rest[0]}"), rest[1:]
+        else:
+            found = importlib.import_module(f"lora_opcm.{first}")
+        for part in rest:
+            fields = getattr(found, "__dataclass_fields__", {})
+            assert hasattr(found, part) or part in fields, f"{name}: the package has no such name"
+            found = getattr(found, part, None)
+
+
+def test_published_table_is_complete():
+    import pandas as pd
+
+    rows = pd.read_csv(ROOT / "data" / "results" / "one_merge.csv")
+    assert {"method", "task", "metric", "value", "low", "high", "options", "texts", "profile", "seed", "order",
+            "adapters", "version"} <= set(rows.columns)  # fmt: skip
+    assert (rows.low <= rows.value).all() and (rows.value <= rows.high).all()
+    gain = rows[rows.metric == "recovered gain"].set_index("method").value
+    assert set(gain.index) >= {"mean", "task arithmetic", "OPCM, paper", "OPCM, FusionBench"}
+    assert gain.drop(["zero-shot", "own adapter"]).between(0, 1, inclusive="neither").all()
