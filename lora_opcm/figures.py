@@ -68,6 +68,7 @@ def comparison(rows: pd.DataFrame, metric: str = "recovered gain", alt: str = ""
             showlegend=False,
             hovertemplate=f"{row.method}: %{{x:.1f}} %  [{100 * row.low:.1f}, {100 * row.high:.1f}]<extra></extra>",
         )  # fmt: skip
+    figure.update_yaxes(range=[-0.5, len(part) - 0.3])  # room for the label of the topmost point
     alt = alt or "; ".join(f"{r.method} {100 * r.value:.0f} %" for r in part.iloc[::-1].itertuples())
     return finish(figure, f"{metric} by method: {alt}", 90 + 42 * len(part), xaxis_title=f"{metric}, %")
 

@@ -176,3 +176,12 @@ def test_training_lowers_the_loss_resumes_and_loads_back(tmp_path):
     resumed = json.loads((tmp_path / "run" / "history.json").read_text())
     assert max(h["step"] for h in resumed) == 12
     assert [h for h in resumed if h["step"] <= 4] == [h for h in history if h["step"] <= 4]  # not run again
+
+
+def test_the_data_card_says_what_the_manifest_says():
+    card = (lo.data_dir() / "README.md").read_text()
+    for name in tasks():
+        task, entry = load_task(name), MANIFEST[name]
+        sizes = " | ".join(str(len(task[split])) for split in ("train", "validation", "test"))
+        accuracies = f"{100 * entry['zero_shot']:.1f} | {100 * entry['own']:.1f}"
+        assert f"| `{name}` | {len(task.labels)} | {sizes} | {accuracies} |" in card, name
