@@ -44,11 +44,14 @@ def elect(parts: Sequence[Tensor]) -> Tensor:
 
 
 def polar(x: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (or rows), U Vᵀ of the thin SVD; shape of `x`."""
-    if not x.numel():
-        return x
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return u @ vh
+    """U Vᵀ of the thin SVD: the nearest matrix with orthonormal columns (or rows); shape of `x`.
+
+    Only nonzero singular directions take part. Where columns depend on each other, as with an adapter given
+    twice, the rest of a full SVD is an arbitrary basis, and the result would depend on the gauge.
+    """
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = int((s > 1e-6 * s[:1]).sum())
+    return u[:, :k] @ vh[:k]
 
 
 def tsv(core: Core, directions: int | None = None, scale: float = 1.0) -> Tensor:
@@ -68,7 +71,8 @@ def iso_cts(core: Core, common: float = 0.8, scale: float = 1.0) -> Tensor:
     """Iso-C on the leading share `common` of the sum's directions and the leading residual ones of each task."""
     cores = core.cores
     u, s, vh = nonzero_svd(sum(cores), core.dtype)
-    each = int((1 - common) * len(s)) // len(cores)
+    each = round((1 - common) * len(s) / len(cores))
+    each = min(each, len(s) // len(cores))
     k = len(s) - each * len(cores)
     left, spectrum, right = [u[:, :k]], [s[:k]], [vh[:k].mT]
     for c in cores if each else []:
@@ -111,8 +115,9 @@ def chordal_mean(core: Core, k: int | None = None, scale: float = 1.0) -> Tensor
     k = k or max((len(s) for _, s, _ in frames), default=0)
     if not k:
         return torch.zeros_like(core.cores[0])
-    left = chordal_frame([u for u, _, _ in frames], k=k)
-    return onto(core, left, chordal_frame([vh.mT for _, _, vh in frames], k=k), scale)
+    share = [1 / min(k, len(s)) for _, s, _ in frames]  # of mixed ranks, so that Σ φ is what is maximised
+    left = chordal_frame([u for u, _, _ in frames], weights=share, k=k)
+    return onto(core, left, chordal_frame([vh.mT for _, _, vh in frames], weights=share, k=k), scale)
 
 
 def karcher_mean(core: Core, k: int | None = None, scale: float = 1.0) -> Tensor:
@@ -204,7 +209,7 @@ def knots_ties(core: Core, density: float = 0.5, scale: float = 1.0) -> tuple[Te
 
 
 def ties(deltas: list[Tensor], density: float = 0.2, scale: float = 1.0) -> Tensor:
-    """Trim small entries, elect signs, average the entries that agree."""
+    """Trim small entries (per module, as peft does; the paper trims the whole task vector), elect, average."""
     return scale * elect([trim(d, density) for d in deltas])
 
 
