@@ -276,7 +276,9 @@ def test_a_missing_module_counts_as_zero():
         assert torch.isfinite(dense(lo.merge([whole, part], method).modules["a"])).all(), method
 
 
-@pytest.mark.parametrize("method", sorted(m.name for m in REGISTRY.values() if m.gauge_invariant and not m.data))
+@pytest.mark.parametrize(
+    "method", sorted(m.name for m in REGISTRY.values() if m.gauge_invariant and not m.data)
+)
 def test_gauge_invariance_with_an_adapter_given_twice(method):
     a, b = stream(count=2)
     copies = [a, a.regauge(1), b], [a, a.regauge(2), b]
