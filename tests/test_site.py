@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 SITE = Path(__file__).parent.parent / "_build" / "site"
-FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_page(name, page, server):
     for i in range(figures.count()):
         figures.nth(i).scroll_into_view_if_needed()
         page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
-        marks = "i => document.querySelectorAll('.lo-figure')[i].querySelectorAll('.trace path, .points path').length"
+        marks = "i => document.querySelectorAll('.lo-figure')[i].querySelectorAll('.trace path, .points path, .heatmaplayer image, .gl-container canvas, .gl-container div').length"
         assert page.evaluate(marks, i) > 0, "a figure without marks"
         assert len(figures.nth(i).get_attribute("aria-label") or "") > 20, "a figure without alternative text"
     if page.locator(".math").count():
@@ -109,7 +109,7 @@ def test_slider_moves_the_figure(page, server):
     page.goto(f"{server}/book/low_rank_updates.html", wait_until="networkidle")
     page.locator(".lo-figure").first.scroll_into_view_if_needed()
     page.wait_for_function("() => document.querySelector('.lo-figure').dataset.drawn")
-    before = page.locator(".lo-figure .slider-label").first.inner_text()
+    before = page.locator(".lo-figure .slider-label").first.text_content()
     page.locator(".lo-figure .slider-rail-touch-rect").first.click(position={"x": 300, "y": 5})
     page.wait_for_function(
         "b => document.querySelector('.lo-figure .slider-label').textContent !== b", arg=before
