@@ -67,7 +67,7 @@ def test_notebook_is_clean(notebook):
         "title, then the thesis as a quote"
     )
     text = notebook.read_text(encoding="utf8")
-    assert str(ROOT) not in text and "/root/" not in text and "../data" not in text
+    assert str(ROOT) not in text and str(Path.home()) not in text and "../data" not in text
 
 
 def test_every_notebook_is_in_the_table_of_contents():
