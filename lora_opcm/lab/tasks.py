@@ -147,6 +147,8 @@ def _split(train, test, rng) -> dict[str, list]:
     seen = {text for _, text in test}
     train = [row for row in dict.fromkeys(train) if row[1] not in seen]
     train, validation = _hold_out(train, min(VALIDATION, len(train) // 5), rng)
+    trained = {text for _, text in train}  # a few texts stand under two labels, hence in two rows
+    validation = [row for row in validation if row[1] not in trained]
     test, _ = _hold_out(test, 0, rng)
     return {"train": train, "validation": validation, "test": test}
 

@@ -24,6 +24,7 @@ def train(
 ):
     """Train one LoRA per task, measure it on the whole test set, and keep the manifest up to date."""
     protocol = Protocol(seed=seed, rank=rank, alpha=2 * rank)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) if path.exists() else {}
     for name in task or tasks():
@@ -54,7 +55,7 @@ def train(
 def main():
     try:
         typer.run(train)
-    except (AdapterError, AssetError, ValueError) as error:
+    except (AdapterError, AssetError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
