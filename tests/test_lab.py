@@ -63,12 +63,17 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     assert [p for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
 
 
-def test_commands_fail_with_one_line():
-    for arguments, words in ((["--task", "nope"], "unknown task"), ([], "not")):
-        command = [sys.executable, "-m", "lora_opcm.lab.train", "/dev/null/nowhere", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode != 0
-        assert "Traceback" not in done.stderr and words in done.stderr.lower()
+@pytest.mark.parametrize(
+    "folder, arguments, words",
+    [("here", ["--task", "nope"], "unknown task 'nope'"), ("/dev/null/nowhere", [], "Not a directory")],
+)
+def test_commands_fail_with_one_line(tmp_path, folder, arguments, words):
+    command = [sys.executable, "-m", "lora_opcm.lab.train", str(tmp_path / folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stderr
+    assert [
+        line for line in done.stderr.splitlines() if line.startswith("error:")
+    ] and "Traceback" not in done.stderr
 
 
 def test_truncating_words_first_does_not_change_the_tokens():
