@@ -104,22 +104,22 @@ def merge(
         updates = [_update(a, name, shapes[name], w) for a, w in zip(adapters, weights)]
         local = options | ({"seed": _seed(options, name)} if "seed" in entry.options else {})
         if entry.space == "core":
-            core = reduce(updates)
+            core = reduce(updates)  # knows what to do with half precision
             found = entry.run(core, **local)
             if isinstance(found, Tensor):
-                parts = torch.stack([c.square().sum() for c in core.cores])
+                parts = torch.tensor([f.norm() ** 2 for f in core.factors], dtype=torch.float64)
                 return core.lift(found, rank, energy)[0], float(found.square().sum()), parts
             update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
         elif entry.space == "dense":
             deltas = [u.left.double() @ u.right.double() for u in updates]
             update = rules.dense(entry.run(deltas, **local))
         else:
-            update = entry.run(updates, **local)
+            update = entry.run([wide(u) for u in updates], **local)
         return update.truncate(rank, energy)[0], 0.0, torch.zeros(len(adapters))
 
     if entry.space == "adapter":
         whole = [
-            a.with_modules({n: _update(a, n, shapes[n], w) for n in a.modules})
+            a.with_modules({n: wide(_update(a, n, shapes[n], w)) for n in a.modules})
             for a, w in zip(adapters, weights)
         ]
         modules = {n: u.truncate(rank, energy)[0] for n, u in entry.run(whole, **options).items()}
@@ -180,14 +180,18 @@ def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
 
 
 def _update(adapter: Adapter, name: str, shape: tuple[int, int], weight: float) -> LowRank:
-    """The weighted update of a module, in float32 or better: half precision is rounded once, at the end."""
+    """The weighted update of a module. Half precision stays as it came where the weight is 1."""
     if name not in adapter.modules:
         like = next(iter(adapter.modules.values())).left
         update = LowRank(like.new_zeros(shape[0], 1), like.new_zeros(1, shape[1]))
     else:
         update = adapter.modules[name]
-    update = update.to(working_dtype(update.dtype))
-    return update if weight == 1 else update * weight
+    return update if weight == 1 else wide(update) * weight
+
+
+def wide(update: LowRank) -> LowRank:
+    """In float32 or better: half precision is rounded once, at the end."""
+    return update.to(working_dtype(update.dtype))
 
 
 def _seed(options: dict, name: str) -> int:

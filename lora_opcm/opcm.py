@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from .adapters import Adapter, AdapterError, Kind, combine
 from .lowrank import Core, LowRank, nonzero_svd, reduce, working_dtype
@@ -45,7 +46,9 @@ def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
 
 
 def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) -> Tensor:
-    """P(Δ): what of `delta` a merged update lets in; both (p, q), in any coordinates the two share.
+    """P(Δ): what of `delta` (p, q) a merged update lets in, in any coordinates the two share.
+
+    `merged` may be the leading block outside which it is zero.
 
     With merged = UΣVᵀ and k = `cut`: `paper` keeps only the part with both indices beyond k,
     (I − U_kU_kᵀ) Δ (I − V_kV_kᵀ); `fusionbench` clears the k×k block U_k(U_kᵀΔV_k)V_kᵀ. Both clear the
@@ -55,6 +58,8 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
     u, s, vh = nonzero_svd(merged, dtype)
+    u = F.pad(u, (0, 0, 0, delta.shape[0] - u.shape[0]))
+    vh = F.pad(vh, (0, delta.shape[1] - vh.shape[1]))
     k = cut(s, alpha, variant)
     if variant == "paper":
         delta = delta - u[:, :k] @ (u[:, :k].mT @ delta)
@@ -73,8 +78,8 @@ def stream(core: Core, alpha: float, variant: str) -> Tensor:
     total = cores[0].clone()
     for t in range(1, len(cores)):
         p, q = core.live(t + 1)
-        seen = total[:p, :q].clone()
-        total[:p, :q] += project(cores[t][:p, :q], seen, alpha, variant, core.dtype)
+        merged = total[: core.live(t)[0], : core.live(t)[1]]
+        total[:p, :q] += project(cores[t][:p, :q], merged, alpha, variant, core.dtype)
     return total
 
 

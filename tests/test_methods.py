@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_opcm as lo
-from lora_opcm.lowrank import LowRank
-from lora_opcm.methods import REGISTRY
+from lora_opcm.lowrank import Basis, Core, LowRank
+from lora_opcm.methods import REGISTRY, _seed
 
 SHAPES = {"a": (40, 32), "b": (36, 48)}
 T, RANK = 4, 3
@@ -215,6 +215,48 @@ def test_float32_agrees_with_the_dense_float64_reference(method, seed):
     merged = run(method, adapters)
     for name in SHAPES:
         assert error(merged.modules[name], DENSE[method]([dense(a.modules[name]) for a in adapters])) < 1e-5
+
+
+def full_core(deltas):
+    """Dense float64 matrices posing as cores: no reduction, every rule sees all m × n entries."""
+    m, n = deltas[0].shape
+    eye = lambda k: torch.eye(k, dtype=torch.float64)  # noqa: E731
+    whole = Core(*(Basis(eye(k), None, eye(k)) for k in (m, n)), [], torch.float32)
+    whole.factors.extend(LowRank(d, eye(n)) for d in deltas)
+    return whole
+
+
+IN_CORE = [m.name for m in REGISTRY.values() if m.space == "core" and m.name not in DENSE]
+
+
+@pytest.mark.parametrize("method", IN_CORE)
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_in_the_core_agrees_with_the_same_rule_on_dense_float64(method, seed):
+    adapters = stream(torch.float32, seed)
+    options = {"scale": 1.0} if method == "opcm" else {}
+    merged = run(method, adapters, **options)
+    for name in SHAPES:
+        local = options | ({"seed": _seed({}, name)} if "seed" in REGISTRY[method].options else {})
+        whole = full_core([dense(a.modules[name]) for a in adapters])
+        # Stops at a gradient of 1e-6, on a flat part of its objective.
+        limit = 1e-4 if method == "karcher_mean" else 1e-5
+        assert error(merged.modules[name], REGISTRY[method].run(whole, **local)) < limit
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties"])
+def test_float32_random_masks_agree_with_float64(method):
+    adapters = stream(torch.float32)
+    merged = run(method, adapters)
+    for name in SHAPES:
+        deltas = [dense(a.modules[name]) for a in adapters]
+        generator = torch.Generator().manual_seed(_seed({}, name))
+        kept = [d * (torch.rand(d.shape, generator=generator, dtype=torch.float64) < 0.5) * 2 for d in deltas]
+        assert error(merged.modules[name], sum(kept) if method == "dare" else _ties(kept, 1.0)) < 1e-5
+
+
+def test_every_method_has_a_dense_reference():
+    elsewhere = {"regmean", "lora_opcm", "dare", "dare_ties"}  # tests of their own
+    assert set(REGISTRY) == set(DENSE) | set(IN_CORE) | elsewhere
 
 
 def test_regmean_is_least_squares():

@@ -14,7 +14,11 @@ from pathlib import Path
 from docutils import nodes
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-MATHJAX = ["tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2"]  # of 24 MB, what a page can ask for
+MATHJAX = [
+    "tex-chtml.js",
+    "input/tex/extensions",
+    "output/chtml/fonts/woff-v2",
+]  # of 24 MB, what a page can ask for
 
 
 class PlotlyFigure:
