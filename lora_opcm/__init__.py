@@ -9,6 +9,7 @@ from .lowrank import LowRank
 from .methods import merge, methods
 from .opcm import ContinualMerger, FactorMerger, MergedState
 from .similarity import align, similarity
+from .sums import SumMerger
 from .writing import save_adapter
 
 try:
@@ -23,6 +24,7 @@ __all__ = [
     "FactorMerger",
     "LowRank",
     "MergedState",
+    "SumMerger",
     "adapter_path",
     "align",
     "data_dir",

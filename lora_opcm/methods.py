@@ -275,6 +275,7 @@ _ENTRIES = [
         "lora_opcm", lora_opcm, "adapter", "the drafts of this book",
         continual=True, ordered=True, gauge_invariant=False,
     ),
+    Method("whitened_sum", rules.whitened_sum, "core", "this book; TSV at power 0", continual=True),
     Method("whitening", rules.whitening, "core", "this book", continual=True, ordered=True),
 ]  # fmt: skip
 REGISTRY: dict[str, Method] = {m.name: m for m in _ENTRIES}

@@ -14,6 +14,7 @@ from .grassmann import chordal_mean as chordal_frame
 from .grassmann import karcher_mean as karcher_frame
 from .lowrank import Core, LowRank, nonzero_svd
 from .opcm import stream
+from .sums import Sums
 
 # -- entry by entry ------------------------------------------------------------------------------------------
 
@@ -99,6 +100,14 @@ def whitening(core: Core, scale: float = 1.0) -> Tensor:
         left, right = polar(torch.cat([left, u], 1)), polar(torch.cat([right, vh.mT], 1))
         spectrum = torch.cat([spectrum, s])
     return scale * (left * spectrum) @ right.mT
+
+
+def whitened_sum(core: Core, power: float = 0.5, cap: int | None = None, scale: float = 1.0) -> Tensor:
+    """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. See `lora_opcm.sums`."""
+    sums = Sums.empty(*core.cores[0].shape)
+    for frames in core.frames():
+        sums = sums.add(frames, power, cap)
+    return scale * sums.left @ sums.core() @ sums.right.mT
 
 
 # -- subspaces -----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def run(method, adapters, neutral=False, order=None, **options):
     entry = REGISTRY[method]
     if neutral:
         options |= {k: 1.0 for k in ("scale", "density") if k in entry.options}
+        options |= {"power": 0.0} if "power" in entry.options else {}
     if entry.data:
         options["grams"] = [grams(len(adapters))[i] for i in (order or range(len(adapters)))]
     return lo.merge(adapters, method, **options)

@@ -62,6 +62,7 @@ def test_modules_import_only_upwards():
         "adapters",
         "writing",
         "opcm",
+        "sums",
         "rules",
         "methods",
         "similarity",

@@ -1,14 +1,18 @@
 """Accuracy of an adapter on many tasks at once, with bootstrap intervals."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from ..adapters import Adapter
+from .assets import cache_dir
 from .encoder import MINILM, embed, head, load_base, pad, tokenise
 from .tasks import Task
 
@@ -53,11 +57,20 @@ class Evaluator:
     split : {"test", "validation"}
     limit : int, optional
         Texts per task; the splits are shuffled, so the first ones are a sample. None takes all.
+    remember : bool
+        Keep what was found on disk, by the content of adapter, texts, labels and head: an experiment that
+        was interrupted goes on where it stopped, and one that asks again is answered at once.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], split: str = "test", limit: int | None = None, base: str = MINILM
+        self,
+        tasks: Sequence[Task],
+        split: str = "test",
+        limit: int | None = None,
+        base: str = MINILM,
+        remember: bool = False,
     ):
+        self.memory = cache_dir() / "evaluations" if remember else None
         self.tasks = {task.name: task for task in tasks}
         self.model, tokenizer = load_base(base)
         if torch.cuda.is_available():
@@ -67,12 +80,29 @@ class Evaluator:
         self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
         self.ids = {task.name: tokenise(task[split]["text"][:limit], tokenizer) for task in tasks}
 
-    @torch.inference_mode()
     def correct(
         self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
     ) -> dict[str, np.ndarray]:
         """Per task, which texts are classified correctly with `adapter` (None: zero-shot), shape=[texts]."""
         names = list(tasks or self.tasks)
+        if self.memory is None:
+            return self._correct(adapter, names, progress)
+        content = {n: (u.left, u.right) for n, u in sorted(adapter.modules.items())} if adapter else None
+        known = joblib.hash(content)
+        files = {
+            n: self.memory / f"{joblib.hash([known, self.ids[n], self.labels[n], self.heads[n]])}.npy"
+            for n in names
+        }
+        new = [n for n in names if not files[n].exists()]
+        for n, found in (self._correct(adapter, new, progress) if new else {}).items():
+            self.memory.mkdir(parents=True, exist_ok=True)
+            scratch = files[n].with_suffix(f".{os.getpid()}.tmp.npy")
+            np.save(scratch, found)
+            os.replace(scratch, files[n])
+        return {n: np.load(files[n]) for n in names}
+
+    @torch.inference_mode()
+    def _correct(self, adapter: Adapter | None, names: list[str], progress: str) -> dict[str, np.ndarray]:
         rows = [(ids, name) for name in names for ids in self.ids[name]]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         vectors = [None] * len(rows)
@@ -104,17 +134,18 @@ def own_correct(
 
 
 def summarise(
-    correct: dict[str, dict[str, np.ndarray]],
+    correct: Mapping[str, Mapping[str, np.ndarray]],
     zero_shot: str = "zero-shot",
     own: str = "own adapter",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Tidy table with 95 % percentile bootstrap intervals over test texts.
+    """Tidy table with 95 % percentile bootstrap intervals over test texts, and over training seeds.
 
     Parameters
     ----------
-    correct : method -> task -> boolean array
-        All methods on the same texts; a resample draws the same texts for every method.
+    correct : method -> task -> boolean array, shape=[texts] or [seeds, texts]
+        All methods on the same texts and seeds; a resample draws the same ones for every method. With three
+        seeds the interval says more of the texts than of the seeds.
 
     Returns
     -------
@@ -125,13 +156,17 @@ def summarise(
     """
     rng = np.random.default_rng(seed)
     names = list(correct[own])
+    correct = {m: {t: np.atleast_2d(c[t]) for t in names} for m, c in correct.items()}
     points = {m: np.array([correct[m][t].mean() for t in names]) for m in correct}
     draws = {m: np.empty((RESAMPLES, len(names))) for m in correct}
+    seeds = len(correct[own][names[0]])
+    share = rng.multinomial(seeds, [1 / seeds] * seeds, size=RESAMPLES) / seeds
     for j, task in enumerate(names):
-        count = len(correct[own][task])
+        count = correct[own][task].shape[1]
         pick = rng.integers(count, size=(RESAMPLES, count))
         for method in correct:
-            draws[method][:, j] = correct[method][task][pick].mean(1)
+            each = np.stack([row[pick].mean(1) for row in correct[method][task]], 1)
+            draws[method][:, j] = (each * share).sum(1)
 
     def row(method, task, metric, value, sample):
         low, high = np.quantile(sample, [0.025, 0.975])

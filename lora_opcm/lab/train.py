@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from filelock import FileLock
 
 from ..adapters import AdapterError, load_adapter
 from .assets import AssetError, cache_dir
@@ -44,10 +45,12 @@ def train(
         evaluator = Evaluator([data])
         zero_shot = float(evaluator.correct()[name].mean())
         own = float(evaluator.correct(load_adapter(folder / name))[name].mean())
-        manifest[name] = manifest_entry(
+        entry = manifest_entry(
             data, folder / name, protocol, zero_shot=round(zero_shot, 4), own=round(own, 4)
         )
-        path.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+        with FileLock(cache_dir() / "manifest.lock"):  # other tasks may train beside this one
+            manifest = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(dict(sorted((manifest | {name: entry}).items())), indent=1) + "\n")
         shutil.rmtree(run, ignore_errors=True)  # checkpoints served their purpose
         typer.echo(f"{name}: zero-shot {zero_shot:.1%}, own adapter {own:.1%}")
 
