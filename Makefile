@@ -7,35 +7,38 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that others use
 
-PACKAGE := $(wildcard lora_opcm/*.py lora_opcm/lab/*.py)
-EXPERIMENTS := $(patsubst book/experiments/%.ipynb,_build/executed/%.ipynb,$(wildcard book/experiments/*.ipynb))
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*') _config.yml _toc.yml
-TEXTS := 200# test texts a task in the quick profile
+EXECUTED := $(wildcard _build/quick/executed/*.ipynb)
+PROFILE ?= quick
+SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick adapters publish bench lint clean help
+.PHONY: book test quick adapters experiments publish bench lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
-book: _build/site/index.html  ## install, fetch the data, run the experiments, build the site
-	@echo; $(BIN)/python -c "import pandas as pd; from lora_opcm.lab.results import comparison; print(comparison(pd.read_csv('_build/results/one_merge.csv')).to_string())"
+book: experiments  ## install, fetch the data, run the experiments, build the site
+	@$(MAKE) --no-print-directory _build/site/index.html
+	@echo; $(BIN)/python -c "import pandas as pd; from lora_opcm.lab.results import comparison; print(comparison(pd.read_csv('_build/quick/results/one_merge.csv')).to_string())"
 	@echo; echo "The book: $(CURDIR)/_build/site/index.html"
 
-test: _build/site/index.html  ## unit tests, every chapter under nbval, the site in a browser
+test: experiments  ## unit tests, every chapter under nbval, the site in a browser
+	@$(MAKE) --no-print-directory _build/site/index.html
 	$(BIN)/pytest
+
+experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full or gpu; DRY_RUN=1 lists it
+	$(SNAKEMAKE) --config profile=$(PROFILE) $(if $(DRY_RUN),--dry-run)
+
+publish: experiments  ## put the tables of a full run into data/results (make publish PROFILE=full)
+	@test $(PROFILE) != quick || { echo "the quick profile is no published run: make publish PROFILE=full"; exit 1; }
+	cp _build/$(PROFILE)/results/*.csv data/results/
 
 quick: $(BIN)/.ready  ## the fast tests, under 2 minutes
 	$(BIN)/pytest -m "not slow and not browser"
 
 adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or were trained otherwise
 	$(BIN)/python -m lora_opcm.lab.train data/adapters
-
-publish: $(BIN)/.ready  ## run the experiments on all test texts and put the tables into data/results
-	mkdir -p _build/published
-	for nb in book/experiments/*.ipynb; do \
-	  $(BIN)/papermill --progress-bar $$nb _build/published/$$(basename $$nb) \
-	    -p texts 0 -p profile full -p results data/results || exit 1; done
 
 bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
 	$(BIN)/python -m lora_opcm.lab.bench
@@ -54,15 +57,10 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-# Executed out of tree: papermill never writes beside its source, so `git status` stays clean.
-_build/executed/%.ipynb: book/experiments/%.ipynb $(PACKAGE) data/adapters/manifest.json | $(BIN)/.ready
-	@mkdir -p $(@D) _build/results
-	@echo "Running $<"
-	$(BIN)/papermill --progress-bar --kernel python3 $< $@ -p texts $(TEXTS) -p profile quick -p results _build/results
-
-_build/site/index.html: $(PAGES) $(EXPERIMENTS) | $(BIN)/.ready
+# Experiments are executed out of tree, so `git status` stays clean; the site is built from that copy.
+_build/site/index.html: $(PAGES) $(EXECUTED) | $(BIN)/.ready
 	@echo "Building the site"
 	@rm -rf _build/source && mkdir -p _build/source
-	@cp -r book _config.yml _toc.yml _build/source/ && cp $(EXPERIMENTS) _build/source/book/experiments/
+	@cp -r book _config.yml _toc.yml _build/source/ && cp $(EXECUTED) _build/source/book/experiments/
 	@$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going --quiet --path-output _build/jb _build/source
 	@rm -rf _build/site && mv _build/jb/_build/html _build/site

@@ -23,6 +23,10 @@ METHOD = {
     "OPCM, paper": VERMILION,
     "OPCM, FusionBench": ORANGE,
     "OPCM, scale tuned": PURPLE,
+    "TSV": BLUE,
+    "sequential whitening": YELLOW,
+    "whitened sum, p = 0.5": "#CC6677",
+    "whitened sum, p = 1": "#AA4499",
 }
 
 pio.templates["book"] = go.layout.Template(
@@ -105,6 +109,6 @@ def slider_lines(
         }
         for label, a, w in zip(frames, starts, widths)
     ]
-    slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 45}, "len": 1.0}
+    slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0}
     figure.update_yaxes(type="log" if log_y else "linear", title=y)
     return finish(figure, alt, height, xaxis_title=x, sliders=[slider])

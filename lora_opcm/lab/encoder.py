@@ -85,8 +85,8 @@ def pad(ids: list[list[int]], pad_id: int, device: torch.device | str = "cpu") -
 
 def embed(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean-pooled, normalised sentence embeddings, shape=[b, d]."""
-    hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (b, t, d)
-    mask = attention_mask[..., None].to(hidden.dtype)
+    hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()  # (b, t, d)
+    mask = attention_mask[..., None].float()
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
@@ -94,4 +94,4 @@ def embed(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
 def head(task: Task, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Embeddings of the task's label sentences by the base model, shape=[classes, d]."""
     batch = pad(tokenise(list(task.sentences), tokenizer), tokenizer.pad_token_id, model.device)
-    return embed(model, **batch).float()
+    return embed(model, **batch)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -20,9 +19,21 @@ TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger one
 RESAMPLES = 2000
 
 
+def bfloat16_here() -> bool:
+    """Whether the device multiplies bfloat16 in hardware; emulated it would be slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.9
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
 @contextmanager
-def applied(model: torch.nn.Module, adapter: Adapter | None) -> Iterator[torch.nn.Module]:
+def applied(
+    model: torch.nn.Module, adapter: Adapter | None, exact: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[torch.nn.Module]:
     """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
+
+    `exact` holds W in float32 for a model in less, so that the sum is rounded once.
 
     Raises
     ------
@@ -41,7 +52,8 @@ def applied(model: torch.nn.Module, adapter: Adapter | None) -> Iterator[torch.n
             if tuple(weight.shape) != update.shape:
                 raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
             saved[name] = weight.detach().clone()
-            weight.data.addmm_(update.left.to(weight), update.right.to(weight))
+            w = exact[f"{name}.weight"] if exact else weight
+            weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w)))
         yield model
     finally:
         for name, weight in saved.items():
@@ -60,6 +72,9 @@ class Evaluator:
     remember : bool
         Keep what was found on disk, by the content of adapter, texts, labels and head: an experiment that
         was interrupted goes on where it stopped, and one that asks again is answered at once.
+    fast : bool
+        Run the model in bfloat16 where the processor can (`bfloat16_here`); twice as fast. The update is
+        added to the weights in float32 either way.
     """
 
     def __init__(
@@ -69,16 +84,27 @@ class Evaluator:
         limit: int | None = None,
         base: str = MINILM,
         remember: bool = False,
+        fast: bool = False,
     ):
+        self.fast = fast and bfloat16_here()
         self.memory = cache_dir() / "evaluations" if remember else None
         self.tasks = {task.name: task for task in tasks}
         self.model, tokenizer = load_base(base)
         if torch.cuda.is_available():
             self.model.cuda()
         self.heads = {task.name: head(task, self.model, tokenizer) for task in tasks}
+        self.exact = None
+        if self.fast:
+            self.exact = {name: w.detach().clone() for name, w in self.model.named_parameters()}
+            self.model.bfloat16()
         self.pad_id = tokenizer.pad_token_id
         self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
         self.ids = {task.name: tokenise(task[split]["text"][:limit], tokenizer) for task in tasks}
+
+    @property
+    def precision(self) -> str:
+        """Of the matrix products, for results tables."""
+        return "bfloat16" if self.fast else "float32"
 
     def correct(
         self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
@@ -88,7 +114,7 @@ class Evaluator:
         if self.memory is None:
             return self._correct(adapter, names, progress)
         content = {n: (u.left, u.right) for n, u in sorted(adapter.modules.items())} if adapter else None
-        known = joblib.hash(content)
+        known = joblib.hash([content, self.fast])
         files = {
             n: self.memory / f"{joblib.hash([known, self.ids[n], self.labels[n], self.heads[n]])}.npy"
             for n in names
@@ -106,7 +132,8 @@ class Evaluator:
         rows = [(ids, name) for name in names for ids in self.ids[name]]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         vectors = [None] * len(rows)
-        with applied(self.model, adapter), tqdm(total=len(rows), desc=progress, disable=not progress) as bar:
+        bar = tqdm(total=len(rows), desc=progress, disable=not progress)
+        with applied(self.model, adapter, self.exact), bar:
             while order:
                 size = max(1, TOKENS_PER_BATCH // len(rows[order[0]][0]))
                 batch, order = order[:size], order[size:]
@@ -118,7 +145,7 @@ class Evaluator:
         for name in names:
             z = torch.stack(vectors[start : start + len(self.ids[name])])
             start += len(self.ids[name])
-            guess = (z @ self.heads[name].to(z).T).argmax(-1).cpu().numpy()
+            guess = (z @ self.heads[name].to(z.device).T).argmax(-1).cpu().numpy()
             result[name] = guess == self.labels[name]
         return result
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from .. import __version__
+from ..data import results as published
 
 
 def save_results(rows: pd.DataFrame, folder: Path | str, name: str, **run) -> Path:
@@ -16,6 +17,16 @@ def save_results(rows: pd.DataFrame, folder: Path | str, name: str, **run) -> Pa
     rows.assign(**run, version=__version__).round(5).to_csv(scratch, index=False, lineterminator="\n")
     os.replace(scratch, path)
     return path
+
+
+def beside(name: str, rows: pd.DataFrame | None, profile: str) -> pd.DataFrame | None:
+    """The table a page talks about: the published one in the quick profile, otherwise (or without one) `rows`."""
+    if profile != "quick":
+        return rows
+    try:
+        return published(name)
+    except FileNotFoundError:
+        return rows
 
 
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:

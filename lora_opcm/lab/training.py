@@ -129,19 +129,19 @@ def train_adapter(
     return model.eval()
 
 
-def save_adapter_half(model: PeftModel, folder: Path | str) -> Path:
+PUBLIC_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def save_adapter_half(model: PeftModel, folder: Path | str, base: str = PUBLIC_NAME) -> Path:
     """Write the adapter as an ordinary PEFT folder in float16, for a base that goes by its public name."""
     folder = Path(folder)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.half()
-    model.peft_config["default"].base_model_name_or_path = PUBLIC_NAME
+    model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours is data/README.md
     return folder
-
-
-PUBLIC_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def manifest_entry(task: Task, folder: Path, protocol: Protocol, **accuracy: float) -> dict:

@@ -1,9 +1,12 @@
 """What the experiments share: adapters of a seed, entries with a tuned scale, costs, streams in an order."""
 
+import ctypes
+import gc
 import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +84,9 @@ def tune(
 
 def cost(function: Callable) -> tuple[object, float, float]:
     """What a call returns, its seconds, and by how many MB the process grew while it ran (NaN off Linux)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what this call takes
     before = _memory("VmRSS")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
