@@ -40,13 +40,10 @@ def parameters(name):
 PARAMETERS = {name: parameters(name) for name in RUNS}
 
 
-def trained(wildcards):
+def trained(name):
     """The adapters a notebook needs that do not ship with the package."""
-    return [
-        f"_build/adapters/seed{seed}/{task}/adapter_model.safetensors"
-        for seed in RUNS[wildcards.name].get("seeds", []) if seed
-        for task in TASKS
-    ]
+    seeds = RUNS[name].get("seeds", [])
+    return [f"_build/adapters/seed{seed}/{task}/adapter_model.safetensors" for seed in seeds if seed for task in TASKS]
 
 
 def published(wildcards):
@@ -56,7 +53,9 @@ def published(wildcards):
 
 
 rule all:
-    input: [f"{OUT}/executed/{name}.ipynb" for name in RUNS]
+    input:
+        [f"{OUT}/executed/{name}.ipynb" for name in RUNS],
+        sorted({path for name in RUNS for path in trained(name)}),  # asked for by name: one that is deleted comes back
 
 
 rule adapter:
@@ -70,7 +69,7 @@ rule adapter:
 rule notebook:
     input:
         notebook=f"{NOTEBOOKS}/{{name}}.ipynb", package=PACKAGE, manifest="data/adapters/manifest.json",
-        adapters=trained, published=published,
+        adapters=lambda wildcards: trained(wildcards.name), published=published,
     output: f"{OUT}/executed/{{name}}.ipynb"
     log: f"{OUT}/logs/{{name}}.log", notebook=f"{OUT}/logs/{{name}}.ipynb"  # where it failed, cell by cell
     params: given=lambda wildcards: PARAMETERS[wildcards.name]

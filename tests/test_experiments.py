@@ -1,0 +1,126 @@
+"""The engine of Part IV: what would run, what is refused, and that no number in its prose was typed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "book" / "experiments"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PROFILES = yaml.safe_load((FOLDER / "profiles.yaml").read_text())
+
+
+def snakemake(folder, *arguments):
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", *arguments]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the Snakefile looks at, in a folder of its own."""
+    (tmp_path / "book").mkdir()
+    for name in ("Snakefile", "lora_opcm", "profiles", "book/experiments", "data/adapters/manifest.json"):
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(
+            source, target, ignore=shutil.ignore_patterns("__pycache__")
+        ) if source.is_dir() else shutil.copy(source, target)
+    return tmp_path
+
+
+def jobs(done):
+    """Rule -> count, from the table a dry run prints."""
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        name: int(count)
+        for name, count in re.findall(r"^(adapter|notebook|all) +(\d+)$", done.stdout + done.stderr, re.M)
+    }
+
+
+def test_full_profile_lists_every_adapter_and_every_notebook(checkout):
+    assert jobs(snakemake(checkout, "--config", "profile=full")) == {
+        "adapter": 16,
+        "notebook": len(PROFILES["full"]["notebooks"]),
+        "all": 1,
+    }
+
+
+def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
+    for seed in (1, 2):
+        for task in (
+            "ng-comp",
+            "ng-rec",
+            "ng-sci",
+            "ng-politics",
+            "ng-religion",
+            "reuters-r8",
+            "reuters-rare",
+            "tweets",
+        ):
+            folder = checkout / "_build" / "adapters" / f"seed{seed}" / task
+            folder.mkdir(parents=True)
+            (folder / "adapter_model.safetensors").touch()
+    for name in PROFILES["full"]["notebooks"]:
+        out = checkout / "_build" / "full" / "executed" / f"{name}.ipynb"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+    assert "Nothing to be done" in (lambda d: d.stdout + d.stderr)(
+        snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")
+    )
+    (checkout / "_build" / "adapters" / "seed2" / "tweets" / "adapter_model.safetensors").unlink()
+    need = sum(2 in (run or {}).get("seeds", []) for run in PROFILES["full"]["notebooks"].values())
+    assert jobs(snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")) == {
+        "adapter": 1,
+        "notebook": need,
+        "all": 1,
+    }
+
+
+def test_slurm_profile_plans_the_same_jobs(checkout):
+    done = snakemake(checkout, "--profile", "profiles/slurm", "--config", "profile=full")
+    assert jobs(done)["adapter"] == 16
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("texts: 200", "txets: 200", "has no parameter txets"),
+        ("full:", "fulll:", "expected one of quick, fulll"),
+    ],
+)
+def test_misspelt_parameters_and_profiles_are_refused(checkout, old, new, words):
+    path = checkout / "book" / "experiments" / "profiles.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    done = snakemake(checkout, "--config", "profile=full")
+    assert done.returncode != 0 and words in done.stdout + done.stderr
+
+
+def test_every_notebook_belongs_to_a_profile():
+    named = {name for profile in PROFILES.values() for name in profile["notebooks"]}
+    assert named == {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_number_in_the_prose_was_typed(notebook):
+    """Results stand in computed cells; Markdown may name settings (α = 0.5, 95 % intervals), not findings."""
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"95 %|[=≈] ?0\.\d+|10[01] %|arXiv \S+", "", cell.source)
+            assert not re.findall(r"\d+\.\d+|\d+ ?%|\d+(?:\.\d+)? points|\d+ times", text), cell.source[:200]
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "data" / "results").glob("*.csv")), ids=lambda p: p.stem)
+def test_published_tables_come_from_a_full_run_and_can_be_traced(table):
+    rows = pd.read_csv(table)
+    assert set(rows.profile) == {"full"} and rows.version.notna().all()
+    if table.stem not in ("cost", "training_curves", "bake_off_grid"):
+        assert rows.adapters.notna().all()
