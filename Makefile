@@ -35,7 +35,7 @@ publish: experiments  ## put the tables of a full run into data/results (make pu
 	cp _build/$(PROFILE)/results/*.csv data/results/
 
 quick: $(BIN)/.ready  ## the fast tests, under 2 minutes
-	$(BIN)/pytest -m "not slow and not browser"
+	$(BIN)/pytest -m "not slow and not browser and not nightly"
 
 adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or were trained otherwise
 	$(BIN)/python -m lora_opcm.lab.train data/adapters

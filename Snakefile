@@ -21,7 +21,10 @@ PROFILE = config.get("profile", "quick")
 if PROFILE not in PROFILES:
     raise WorkflowError(f"profile is {PROFILE!r}, expected one of {', '.join(PROFILES)}")
 EVERY = PROFILES[PROFILE].get("every", {})
-RUNS = {name: EVERY | (own or {}) for name, own in PROFILES[PROFILE]["notebooks"].items()}
+RUNS = {  # a null takes a parameter of `every` away
+    name: {k: v for k, v in (EVERY | (own or {})).items() if v is not None}
+    for name, own in PROFILES[PROFILE]["notebooks"].items()
+}
 OUT = f"_build/{PROFILE}"
 TASKS = ["ng-comp", "ng-rec", "ng-sci", "ng-politics", "ng-religion", "reuters-r8", "reuters-rare", "tweets"]
 PACKAGE = sorted(map(str, [*Path("lora_opcm").glob("*.py"), *Path("lora_opcm/lab").glob("*.py")]))

@@ -53,6 +53,7 @@ def merge(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    dropped: dict[str, float] | None = None,
     **options,
 ) -> Adapter:
     """One adapter out of several.
@@ -67,6 +68,8 @@ def merge(
         One factor per adapter, applied to its update first; may be negative. 1 unless given.
     rank, energy : optional
         Truncate the result to a rank, or to a share of its squared norm. None keeps it exact.
+    dropped : dict, optional
+        Is given, per module, the share of the squared norm that truncation cut off.
     **options
         Of the method; `scale` multiplies the merged update. "norm", OPCM's default, gives the whole merged
         adapter the mean norm of its parts.
@@ -99,8 +102,8 @@ def merge(
     if global_scale:
         options = options | {"scale": 1.0}
 
-    def one(name: str) -> tuple[LowRank, float, Tensor]:
-        """The merged update of one module, its squared norm before truncation, and those of its parts."""
+    def one(name: str) -> tuple[LowRank, float, float, Tensor]:
+        """The merged update of a module, the share cut off, its squared norm before that, those of its parts."""
         updates = [_update(a, name, shapes[name], w) for a, w in zip(adapters, weights)]
         local = options | ({"seed": _seed(options, name)} if "seed" in entry.options else {})
         if entry.space == "core":
@@ -108,29 +111,29 @@ def merge(
             found = entry.run(core, **local)
             if isinstance(found, Tensor):
                 parts = torch.tensor([f.norm() ** 2 for f in core.factors], dtype=torch.float64)
-                return core.lift(found, rank, energy)[0], float(found.square().sum()), parts
+                return *core.lift(found, rank, energy), float(found.square().sum()), parts
             update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
         elif entry.space == "dense":
             deltas = [u.left.double() @ u.right.double() for u in updates]
             update = rules.dense(entry.run(deltas, **local))
         else:
             update = entry.run([wide(u) for u in updates], **local)
-        return update.truncate(rank, energy)[0], 0.0, torch.zeros(len(adapters))
+        return *update.truncate(rank, energy), 0.0, torch.zeros(len(adapters))
 
     if entry.space == "adapter":
         whole = [
             a.with_modules({n: wide(_update(a, n, shapes[n], w)) for n in a.modules})
             for a, w in zip(adapters, weights)
         ]
-        modules = {n: u.truncate(rank, energy)[0] for n, u in entry.run(whole, **options).items()}
+        found = {n: u.truncate(rank, energy) for n, u in entry.run(whole, **options).items()}
     else:
         found = dict(zip(shapes, parallel_map(one, shapes)))
-        modules = {name: update for name, (update, _, _) in found.items()}
-    if (
-        global_scale
-    ):  # one factor for the whole adapter: the mean norm of the parts over the norm of the merge
-        size = sum(size for _, size, _ in found.values()) ** 0.5
-        mean_norm = float(sum(parts for _, _, parts in found.values()).sqrt().mean())
+    modules = {name: result[0] for name, result in found.items()}
+    if dropped is not None:
+        dropped |= {name: result[1] for name, result in found.items()}
+    if global_scale:  # one factor for the whole adapter: mean norm of the parts over norm of the merge
+        size = sum(result[2] for result in found.values()) ** 0.5
+        mean_norm = float(sum(result[3] for result in found.values()).sqrt().mean())
         root = (mean_norm / size if size else 1.0) ** 0.5
         modules = {name: LowRank(u.left * root, u.right * root) for name, u in modules.items()}
     return merged.with_modules({name: u.to(merged.dtype) for name, u in modules.items()})

@@ -77,7 +77,8 @@ def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
         snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")
     )
     (checkout / "_build" / "adapters" / "seed2" / "tweets" / "adapter_model.safetensors").unlink()
-    need = sum(2 in (run or {}).get("seeds", []) for run in PROFILES["full"]["notebooks"].values())
+    every = PROFILES["full"]["every"]
+    need = sum(2 in ((every | (run or {})).get("seeds") or []) for run in PROFILES["full"]["notebooks"].values())
     assert jobs(snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")) == {
         "adapter": 1,
         "notebook": need,
@@ -93,7 +94,7 @@ def test_slurm_profile_plans_the_same_jobs(checkout):
 @pytest.mark.parametrize(
     "old, new, words",
     [
-        ("texts: 200", "txets: 200", "has no parameter txets"),
+        ("count: 20", "cuont: 20", "has no parameter cuont"),
         ("full:", "fulll:", "expected one of quick, fulll"),
     ],
 )

@@ -377,3 +377,13 @@ def test_table_lists_every_method():
     table = lo.methods()
     assert list(table.index) == list(REGISTRY)
     assert table.loc["opcm", "order matters"] and not table.loc["lora_opcm", "gauge-invariant"]
+
+
+@pytest.mark.parametrize("method", ["opcm", "cat", "ties", "lora_opcm"])
+def test_what_truncation_drops_is_reported(method):
+    adapters, dropped = stream(), {}
+    exact, cut = lo.merge(adapters, method), lo.merge(adapters, method, rank=2, dropped=dropped)
+    for name, u in exact.modules.items():
+        s = u.svd()[1]
+        assert dropped[name] == pytest.approx(float(s[2:].square().sum() / s.square().sum()), abs=1e-9)
+        assert cut.modules[name].rank == 2
