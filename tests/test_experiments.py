@@ -78,7 +78,9 @@ def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
     )
     (checkout / "_build" / "adapters" / "seed2" / "tweets" / "adapter_model.safetensors").unlink()
     every = PROFILES["full"]["every"]
-    need = sum(2 in ((every | (run or {})).get("seeds") or []) for run in PROFILES["full"]["notebooks"].values())
+    need = sum(
+        2 in ((every | (run or {})).get("seeds") or []) for run in PROFILES["full"]["notebooks"].values()
+    )
     assert jobs(snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")) == {
         "adapter": 1,
         "notebook": need,

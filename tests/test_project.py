@@ -54,6 +54,7 @@ def test_import_needs_little():
 
 def test_modules_import_only_upwards():
     order = [
+        "figures",
         "parallel",
         "lowrank",
         "grassmann",
@@ -66,6 +67,9 @@ def test_modules_import_only_upwards():
         "rules",
         "methods",
         "similarity",
+        "recipe",
+        "report",
+        "cli",
     ]
     for i, module in enumerate(order):
         path = ROOT / "lora_opcm" / f"{module}.py"

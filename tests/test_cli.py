@@ -1,0 +1,168 @@
+"""The command line: what people type, on files as they come."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from factories import adapter
+
+import lora_opcm as lo
+from lora_opcm.cli import _distance
+
+SHAPES = {
+    f"layers.{i}.{name}": shape for i in range(2) for name, shape in (("q", (24, 16)), ("up", (32, 16)))
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three adapters in PEFT folders a, b, c."""
+    generator = torch.Generator().manual_seed(0)
+    for name in "abc":
+        lo.save_adapter(adapter(SHAPES, 4, generator), tmp_path / name)
+    return tmp_path
+
+
+def run(folder, *words, code=0):
+    command = [sys.executable, "-c", "from lora_opcm.cli import main; main()", *map(str, words)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_inspect_says_what_is_there(folder):
+    found = json.loads(run(folder, "inspect", "a", "--json").stdout)
+    assert found["modules"] == 4 and found["format"] == "peft" and found["odd"] == []
+    assert {row["rank"] for row in found["table"]} == {4}
+    assert "layers.1.up" in run(folder, "inspect", "a").stdout
+
+
+def test_inspect_names_what_is_odd(folder):
+    a = lo.load_adapter(folder / "a")
+    modules = dict(a.modules)
+    name = next(iter(modules))
+    modules[name] = lo.LowRank(modules[name].left * 0, modules[name].right)
+    lo.save_adapter(a.with_modules(modules), folder / "odd")
+    assert f"{name} is zero" in run(folder, "inspect", "odd").stdout
+
+
+def test_compare_and_its_report(folder):
+    rows = json.loads(
+        run(folder, "compare", "a", "b", "c", "--k", 2, "--json", "--html", "report.html").stdout
+    )
+    assert [row["pair"] for row in rows] == ["a + b", "a + c", "b + c"]
+    page = (folder / "report.html").read_text()
+    assert page.count("Plotly.newPlot") == 2 and "In words" in page
+    assert 'src="http' not in page and "cdn.plot" not in page.split("</script>")[-1]
+
+
+@pytest.mark.parametrize("method", ["opcm", "cat", "ties", "whitened_sum"])
+def test_merge_is_the_library_and_can_be_verified(folder, method):
+    run(folder, "merge", "a", "b", "-o", "m", "--method", method, "--rank", 6)
+    expected = lo.merge([lo.load_adapter(folder / n) for n in "ab"], method, rank=6)
+    assert _distance(lo.load_adapter(folder / "m"), expected) < 1e-6
+    recipe = json.loads((folder / "m" / "merge_recipe.json").read_text())
+    assert [i["name"] for i in recipe["inputs"]] == ["a", "b"] and recipe["merge"]["rank"] == 6
+    assert (folder / "m" / "README.md").read_text().startswith("---\nlibrary_name: peft")
+    run(folder, "verify", "b", "a", "--against", "m")
+    assert (
+        "no file given has the hash of b" in run(folder, "verify", "a", "c", "--against", "m", code=2).stderr
+    )
+    lo.save_adapter(lo.load_adapter(folder / "a"), folder / "m", overwrite=True)
+    run(folder, "verify", "a", "b", "--against", "m", code=1)
+
+
+def test_weights_and_options_reach_the_method(folder):
+    run(folder, "merge", "a", "b", "-o", "m", "--method", "cat", "--weights", "0.7,-0.4")
+    a, b = (lo.load_adapter(folder / n) for n in "ab")
+    assert _distance(lo.load_adapter(folder / "m"), lo.merge([a, b], "cat", weights=[0.7, -0.4])) < 1e-6
+    run(folder, "merge", "a", "b", "-o", "w", "--method", "whitened_sum", "--option", "power=1")
+    assert _distance(lo.load_adapter(folder / "w"), lo.merge([a, b], "whitened_sum", power=1)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["merge", "a", "missing", "-o", "m"], "missing"),
+        (["merge", "a", "b", "-o", "m", "--method", "cat", "--weights", "1"], "expected 2 weights"),
+        (["merge", "a", "b", "-o", "m", "--weights", "x,y"], "expected numbers"),
+        (["merge", "a", "b", "-o", "m", "--option", "power"], "expected name=value"),
+        (["merge", "a", "b", "-o", "m", "--method", "tsv", "--alpha", "0.5"], "tsv has no option"),
+        (["merge", "a", "b", "-o", "c"], "exists already"),
+        (["compare", "a"], "expected two adapters"),
+        (["verify", "a", "--against", "b"], "expected a merge recipe"),
+        (["export", "a/adapter_model.safetensors", "-o", "x"], "expected a state"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(folder, words, message):
+    before = sorted(p.name for p in folder.iterdir())
+    done = run(folder, *words, code=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_dry_run_writes_nothing(folder):
+    assert "would merge 2 adapters" in run(folder, "merge", "a", "b", "-o", "m", "--dry-run").stdout
+    assert not (folder / "m").exists()
+    run(folder, "merge", "a", "b", "-o", "c", "--dry-run", code=1)
+
+
+def test_a_merge_across_days_is_the_merge_of_all(folder):
+    run(folder, "add", "s.safetensors", "a", "b", "--alpha", 0.3)
+    run(folder, "add", "s.safetensors", "c")
+    run(folder, "export", "s.safetensors", "-o", "m")
+    expected = lo.merge([lo.load_adapter(folder / n) for n in "abc"], "opcm", alpha=0.3)
+    assert _distance(lo.load_adapter(folder / "m"), expected) < 1e-5
+    assert "cannot remove a" in run(folder, "remove", "s.safetensors", "a", code=2).stderr
+
+
+def test_two_processes_that_add_lose_nothing(folder):
+    command = [sys.executable, "-c", "from lora_opcm.cli import main; main()", "add", "s.safetensors"]
+    running = [subprocess.Popen([*command, name], cwd=folder, stdout=subprocess.DEVNULL) for name in "abc"]
+    assert [p.wait() for p in running] == [0, 0, 0]
+    assert sorted(lo.ContinualMerger.load(folder / "s.safetensors").state.names) == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_last_output_and_state_stay_whole(folder):
+    """40 kills between start and end of `merge --overwrite` and of `add`."""
+    run(folder, "merge", "a", "b", "-o", "m")
+    run(folder, "add", "s.safetensors", "a")
+    base = lo.load_adapter(folder / "m").norm()
+    words = {"merge": ["merge", "a", "b", "-o", "m", "--overwrite"], "add": ["add", "s.safetensors", "b"]}
+    # A forked child that has imported everything, so that the kill falls into the work and not into imports.
+    for i in range(40):
+        name = "merge" if i % 2 else "add"
+        count = len(lo.ContinualMerger.load(folder / "s.safetensors").state.names)
+        child = os.fork()
+        if not child:
+            try:
+                os.chdir(folder)
+                sys.argv = ["lora-opcm", *words[name]]
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(1, 2)
+                torch.set_num_threads(1)
+                from lora_opcm.cli import main
+
+                main()
+            finally:
+                os._exit(0)
+        time.sleep(0.004 * i)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert lo.load_adapter(folder / "m").norm() == pytest.approx(base)
+        assert len(lo.ContinualMerger.load(folder / "s.safetensors").state.names) - count in (0, 1)
+
+
+def test_align_changes_factors_and_not_the_update(folder):
+    run(folder, "align", "a", "--to", "b", "-o", "aligned")
+    a, aligned, b = (lo.load_adapter(folder / n) for n in ("a", "aligned", "b"))
+    assert _distance(aligned, a) < 1e-6
+    gap = lambda x: sum(float((x.modules[n].left - b.modules[n].balanced().left).norm()) for n in SHAPES)  # noqa: E731
+    assert gap(aligned) < gap(a)
