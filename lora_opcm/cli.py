@@ -3,6 +3,7 @@
 import json
 import sys
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +15,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError
 
-from . import __version__, load_adapter, merge, recipe, save_adapter
-from .adapters import Adapter, AdapterError
-from .methods import REGISTRY
+from . import recipe
+from .adapters import Adapter, AdapterError, load_adapter
+from .methods import REGISTRY, merge
 from .opcm import VARIANTS, ContinualMerger
 from .similarity import align, similarity
+from .writing import save_adapter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -213,7 +215,7 @@ def merge_(
         path = save_adapter(
             merged, output, format and format.value, overwrite, dtype and getattr(torch, dtype.value)
         )
-    versions = {"lora-opcm": __version__, "torch": torch.__version__}
+    versions = {name: version(name) for name in ("lora-opcm", "torch")}
     recipe.write_recipe(adapters, path, call, dropped, versions)
     if path.is_dir():
         recipe.write_card(path, merged, adapters, call)
