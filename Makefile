@@ -12,7 +12,7 @@ EXECUTED := $(wildcard _build/quick/executed/*.ipynb)
 PROFILE ?= quick
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick adapters experiments publish bench lint clean help
+.PHONY: book test quick adapters experiments publish bench pdf figures lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -43,6 +43,12 @@ adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or wer
 bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
 	$(BIN)/python -m lora_opcm.lab.bench
 
+pdf: book  ## the book as one file, _build/book.pdf (needs chromium)
+	$(BIN)/python book/_ext/press.py pdf
+
+figures: $(BIN)/.ready  ## the pictures of README and link previews, from data/results
+	$(BIN)/python book/_ext/press.py figures
+
 lint: $(BIN)/.ready  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -62,5 +68,6 @@ _build/site/index.html: $(PAGES) $(EXECUTED) | $(BIN)/.ready
 	@echo "Building the site"
 	@rm -rf _build/source && mkdir -p _build/source
 	@cp -r book _config.yml _toc.yml _build/source/ && cp $(EXECUTED) _build/source/book/experiments/
+	@$(BIN)/python book/_ext/status.py _build/quick/executed _build/source/book/status.md
 	@$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going --quiet --path-output _build/jb _build/source
 	@rm -rf _build/site && mv _build/jb/_build/html _build/site

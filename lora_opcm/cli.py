@@ -352,3 +352,7 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("interrupted; what was there before is unchanged")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,10 @@ import http.server
 import shutil
 import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -127,3 +129,70 @@ def test_figures_follow_the_dark_theme(page, server):
         page.wait_for_timeout(400)
         colours.append(page.evaluate(ink))
     assert colours[0] != colours[1]
+
+
+def test_internal_links_and_anchors_resolve():
+    """Every href of every page that stays in the site: the file exists, and the anchor in it."""
+    from bs4 import BeautifulSoup
+
+    soups = {
+        name: BeautifulSoup((SITE / name).read_text(encoding="utf8"), "html.parser") for name in _pages()
+    }
+    ids = {name: {e["id"] for e in soup.find_all(id=True)} for name, soup in soups.items()}
+    broken, count = [], 0
+    for name, soup in soups.items():
+        for link in soup.find_all("a", href=True):
+            target, _, anchor = unquote(link["href"]).partition("#")
+            if "://" in target or target.startswith(("mailto:", "javascript:", "/")):  # /: the 404 page
+                continue
+            count += 1
+            path = ((SITE / name).parent / target).resolve() if target else SITE / name
+            there = str(path.relative_to(SITE.resolve())) if path.is_relative_to(SITE.resolve()) else name
+            if not path.exists():
+                broken.append((name, link["href"]))
+            elif anchor and there in ids and anchor not in ids[there]:
+                broken.append((name, link["href"]))
+    assert broken == [] and count > 500
+
+
+@pytest.mark.parametrize(
+    "words, page_name",
+    [("OPCM", "book/opcm.html"), ("φ", "book/similarity.html"), ("Grassmannian", "book/grassmannian.html")],
+)
+def test_search_finds(words, page_name, page, server):
+    page.goto(f"{server}/search.html?q={words}", wait_until="networkidle")
+    page.wait_for_selector("#search-results li a")
+    links = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
+    assert any(page_name in link for link in links), links[:5]
+
+
+def test_play_button_moves_the_figure(page, server):
+    page.goto(f"{server}/book/grassmannian.html", wait_until="networkidle")
+    boxes = page.locator(".lo-figure")
+    for i in range(boxes.count()):
+        boxes.nth(i).scroll_into_view_if_needed()
+        page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
+        button = boxes.nth(i).locator(".updatemenu-button", has_text="play").first
+        if button.count():
+            before = boxes.nth(i).evaluate("b => JSON.stringify(b.data.map(t => [t.x, t.y, t.z]))")
+            button.click()
+            page.wait_for_function(
+                "([i, b]) => JSON.stringify(document.querySelectorAll('.lo-figure')[i].data.map(t => [t.x, t.y, t.z])) !== b",
+                arg=[i, before],
+            )
+            return
+    raise AssertionError("no figure with a play button")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["book/intro.html", "book/low_rank_updates.html", "book/opcm.html", "book/experiments/bake_off.html"],
+)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_has_no_serious_finding(name, theme, browser, server):
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=theme)
+    page.goto(f"{server}/{name}", wait_until="networkidle")
+    _scroll_through(page)
+    findings = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    page.close()
+    assert findings == [], [(v["id"], v["help"], [n["target"] for n in v["nodes"][:3]]) for v in findings]

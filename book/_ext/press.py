@@ -1,0 +1,146 @@
+"""The book on paper: `make pdf` prints the built site, `make figures` the pictures of README and link previews.
+
+The browser that tests the site prints it, so that a page looks on paper as it does on the screen.
+"""
+
+import functools
+import http.server
+import io
+import shutil
+import threading
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+import typer
+import yaml
+from playwright.sync_api import sync_playwright
+from pypdf import PdfReader, PdfWriter
+
+from lora_opcm import figures
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking"]
+MARGIN = {"top": "20mm", "bottom": "20mm", "left": "18mm", "right": "18mm"}
+PRINT = """
+.bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer, .bd-footer, .bd-footer-content,
+button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs { display: none !important }
+.bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important; padding: 0 !important }
+.bd-article { padding: 0 !important } .lo-figure, table, .proof, pre, .admonition { break-inside: avoid }
+details.toggle-details, details { display: block }
+"""
+app = typer.Typer(add_completion=False)
+
+
+@contextmanager
+def browser_page(folder: Path):
+    """A page of a headless browser and the address under which it sees `folder`."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        raise SystemExit("no chromium found: install Debian's package chromium")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as p:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = p.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
+        yield (
+            browser.new_page(viewport={"width": 900, "height": 1200}),
+            f"http://127.0.0.1:{server.server_port}",
+        )
+        browser.close()
+        server.shutdown()
+
+
+def contents() -> list[tuple[str, list[str]]]:
+    """(part, pages) in the order of the table of contents."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    parts = [(p["caption"], [c["file"] for c in p["chapters"]]) for p in toc["parts"]]
+    return [("", [toc["root"]]), *parts]
+
+
+def print_page(page, address: str) -> tuple[str, bytes]:
+    """Title and PDF of one page, with every figure drawn and every formula set."""
+    page.goto(address, wait_until="networkidle")
+    page.emulate_media(media="print", color_scheme="light")
+    page.add_style_tag(content=PRINT)
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.lo-figure')].every(f => f.dataset.drawn)", timeout=120_000
+    )
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-container'))"
+    )
+    title = page.locator("h1").first.evaluate(
+        "h => h.firstChild.textContent + (h.querySelector('.section-number')?.nextSibling?.textContent ?? '')"
+    )
+    return " ".join(title.split()), page.pdf(format="A4", margin=MARGIN, print_background=True)
+
+
+@app.command()
+def pdf(site: Path = ROOT / "_build" / "site", output: Path = ROOT / "_build" / "book.pdf"):
+    """All pages of the built site in one file, with contents and bookmarks."""
+    chapters = []  # (part, title, PDF)
+    with browser_page(site) as (page, address):
+        for part, files in contents():
+            for file in files:
+                chapters.append((part, *print_page(page, f"{address}/{file}.html")))
+                print(f"{chapters[-1][1]}", flush=True)
+        readers = [PdfReader(io.BytesIO(data)) for _, _, data in chapters]
+        for front in (1, 2):  # the contents push the pages they name; a second pass knows by how many
+            rows, number, last = [], front + 1, ""
+            for (part, title, _), reader in zip(chapters, readers):
+                if part != last:
+                    rows.append(f"<tr><th colspan=2>{escape(part)}</th></tr>")
+                    last = part
+                rows.append(f"<tr><td>{escape(title)}</td><td>{number}</td></tr>")
+                number += len(reader.pages)
+            page.set_content(
+                "<style>body{font:11pt system-ui}th{text-align:left;padding-top:1em}td:last-child{text-align:right;padding-left:2em}</style>"
+                f"<h1>{escape(chapters[0][1])}</h1><h2>Contents</h2><table>{''.join(rows)}</table>"
+            )
+            table = PdfReader(io.BytesIO(page.pdf(format="A4", margin=MARGIN)))
+            if len(table.pages) == front:
+                break
+    writer = PdfWriter()
+    writer.append(table, outline_item="Contents")
+    parents: dict[str, object] = {}
+    for (part, title, _), reader in zip(chapters, readers):
+        start = len(writer.pages)
+        writer.append(reader, import_outline=False)
+        if part and part not in parents:
+            parents[part] = writer.add_outline_item(part, start)
+        writer.add_outline_item(title, start, parent=parents.get(part))
+    writer.add_metadata({"/Title": chapters[0][1]})
+    writer.write(output)
+    print(f"{output}: {len(writer.pages)} pages")
+
+
+@app.command("figures")
+def pictures(target: Path = ROOT / "book" / "_static"):
+    """one_merge.svg and .png from the published table."""
+    rows = pd.read_csv(ROOT / "data" / "results" / "one_merge.csv")
+    figure = figures.comparison(rows[~rows.method.isin(["zero-shot", "own adapter"])])
+    figure.update_layout(width=720, height=360, paper_bgcolor="white", plot_bgcolor="white")
+    scratch = ROOT / "_build" / "still.html"
+    scratch.parent.mkdir(exist_ok=True)
+    scratch.write_text(figure.to_html(include_plotlyjs=True))
+    with browser_page(scratch.parent) as (page, address):
+        page.goto(f"{address}/{scratch.name}")
+        page.wait_for_selector(".main-svg .trace, .main-svg .points")
+        uri = page.evaluate(
+            "Plotly.toImage(document.querySelector('.plotly-graph-div'), {format: 'svg', width: 720, height: 360})"
+        )
+        from urllib.parse import unquote
+
+        (target / "one_merge.svg").write_text(unquote(uri.split(",", 1)[1]))
+        page.set_viewport_size({"width": 720, "height": 360})
+        page.locator(".plotly-graph-div").screenshot(path=target / "one_merge.png")
+
+
+if __name__ == "__main__":
+    app()
