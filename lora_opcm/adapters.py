@@ -78,7 +78,7 @@ class Adapter:
         Module name as in the base model, "encoder.layer.0.attention.self.query", to its ΔW (out, in) with the
         scaling folded in, in the orientation of nn.Linear.weight whatever the layer is: an embedding is
         (dim, vocabulary), a convolution (out, in·∏kernel). In the kohya format the names are the underscored
-        ones of the file, "lora_unet_mid_block_…", since the dots cannot be put back without guessing.
+        ones of the file, ``lora_unet_mid_block_…``, since the dots cannot be put back without guessing.
     base_model : str, optional
         What the file calls its base model; for kohya the family (`ss_base_model_version`). Never opened.
     format : {"peft", "kohya", "diffusers"}
