@@ -125,7 +125,7 @@ class Adapter:
         """The dense ΔW of one module in the shape of its base weight, for tests and teaching.
 
         Transposed where the weight lies (in, out): embeddings, and linear layers if the config says
-        `fan_in_fan_out`. Shaped (out, in, *kernel) for convolutions.
+        `fan_in_fan_out`. Shaped ``(out, in, *kernel)`` for convolutions.
         """
         update, kind = self.modules[name], self.kinds.get(name, LINEAR)
         if kind.name == "conv":

@@ -46,7 +46,7 @@ def orthonormalise(x: Tensor) -> Tensor:
 
 
 def random_frame(n: int, k: int, *, batch=(), generator: Rng = None, dtype=torch.float32) -> Tensor:
-    """Frame uniform (Haar) on the Stiefel manifold, shape=[*batch, n, k]; its span is uniform on Gr(k, n).
+    """Frame uniform (Haar) on the Stiefel manifold, shape=[..., n, k]; its span is uniform on Gr(k, n).
 
     Drawn in float64, then cast: a seed gives the same subspace in every dtype.
     """

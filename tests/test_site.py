@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
@@ -23,7 +24,8 @@ def _pages():
     return sorted(
         str(p.relative_to(SITE))
         for p in SITE.rglob("*.html")
-        if "_static" not in p.parts and p.name not in {"search.html", "genindex.html", "index.html"}
+        if "_static" not in p.parts
+        and p.name not in {"search.html", "genindex.html", "index.html", "404.html"}
     )
 
 
@@ -164,6 +166,20 @@ def test_search_finds(words, page_name, page, server):
     page.wait_for_selector("#search-results li a")
     links = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
     assert any(page_name in link for link in links), links[:5]
+
+
+def test_every_notebook_page_opens_on_colab():
+    root = SITE.parent.parent
+    url = yaml.safe_load((root / "_config.yml").read_text())["repository"]["url"].removeprefix("https://")
+    for path in sorted((root / "book").rglob("*.ipynb")):
+        name = path.relative_to(root)
+        link = f"https://colab.research.google.com/{url.replace('.com', '')}/blob/main/{name}"
+        assert link in (SITE / name.with_suffix(".html")).read_text(encoding="utf8"), link
+
+
+def test_missing_page_leads_back_into_the_book():
+    text = (SITE / "404.html").read_text(encoding="utf8")
+    assert 'href="/lora-opcm/book/intro.html"' in text  # absolute: it is served for addresses of any depth
 
 
 def test_play_button_moves_the_figure(page, server):

@@ -37,7 +37,7 @@ class PlotlyFigure:
         text = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
         alt = str(title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
         html = (
-            f'<div class="lo-figure" role="img" aria-label="{alt}" style="height:{height}px">'
+            f'<div class="lo-figure" role="figure" aria-label="{alt}" style="height:{height}px">'
             f'<script type="application/json">{text}</script></div>'
         )
         return [nodes.raw(text=html, format="html", classes=["output", "text_html"])]
