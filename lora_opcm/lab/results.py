@@ -29,6 +29,13 @@ def beside(name: str, rows: pd.DataFrame | None, profile: str) -> pd.DataFrame |
         return rows
 
 
+def provenance(shown: pd.DataFrame, rows: pd.DataFrame, what: str) -> str:
+    """One sentence for the page: whose numbers `beside` gave it."""
+    if shown is rows:
+        return f"Tables and figures on this page are from this build's own run ({what}); no published run is shown beside it."
+    return "Tables and figures on this page are from the published run."
+
+
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a method, in file order: mean accuracy and recovered gain in per cent, with 95 % intervals."""
     rows = rows[rows.task == "mean"]
