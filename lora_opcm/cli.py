@@ -262,7 +262,7 @@ def add(
             bar.update(bar.task_ids[0], description=f"adding {path.name}")
             merger.add(load_adapter(path), name=path.name)
             merger.save(state)
-    show([{k: v for k, v in row.items()} for row in merger.state.history], False)
+    show(merger.state.history, False)
 
 
 @app.command()

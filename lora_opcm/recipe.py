@@ -51,7 +51,7 @@ def write_recipe(
         "versions": dict(versions),
     }
     path = output / RECIPE if output.is_dir() else output.with_suffix(".recipe.json")
-    _replace(path, json.dumps(recipe, indent=1) + "\n")
+    write_text(path, json.dumps(recipe, indent=1) + "\n")
     return path
 
 
@@ -103,11 +103,12 @@ def write_card(output: Path, adapter: Adapter, inputs: Sequence[str | os.PathLik
         "dropped; `lora-opcm verify` repeats the merge and compares.\n"
     )  # fmt: skip
     path = output / CARD
-    _replace(path, text)
+    write_text(path, text)
     return path
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it: what was there stays whole until then."""
     scratch = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         scratch.write_text(text, encoding="utf8")

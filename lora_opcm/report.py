@@ -1,9 +1,7 @@
 """An interactive report of how adapters overlap: one HTML file that needs no network and runs no kernel."""
 
 import html
-import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from . import figures
+from .recipe import write_text
 
 Tables = Mapping[tuple[int, int], pd.DataFrame]  # (i, j) with i < j -> `similarity` of adapters i and j
 
@@ -47,12 +46,7 @@ def write_report(path: Path, names: Sequence[str], tables: Tables, k: int) -> Pa
         f"<style>{STYLE}</style><main><h1>Overlap of {html.escape(', '.join(names))}</h1><p class=note>{k} leading directions of each update; outputs are the left, inputs the right singular vectors.</p>"
         f"<h2>In words</h2><ul>{listed}</ul>{body}</main></html>"
     )  # fmt: skip
-    scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        scratch.write_text(text, encoding="utf8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_text(path, text)
     return path
 
 
@@ -80,7 +74,7 @@ def advice(names: Sequence[str], tables: Tables) -> list[str]:
             "The updates are nearly orthogonal and read different inputs: a sum keeps each of them, and its scale matters more than the method. Choose the scale on validation data if you have any."
         )
     lines.append(
-        "How sure: on the eight tasks of the book, overlap ranked the losses of pairs only weakly (chapter 'Does overlap predict interference?'). Measure the merged adapter on your tasks."
+        "How sure: on the eight tasks of the book, overlap did not rank the losses of pairs reliably (chapter 'Does overlap predict interference?'). Measure the merged adapter on your tasks."
     )
     return lines
 
