@@ -4,16 +4,19 @@ import functools
 import http.server
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from conftest import SITE_TALLY
 from playwright.sync_api import sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 SITE = Path(__file__).parent.parent / "_build" / "site"
+PAGE_BYTES = 3_000_000  # of one page, beside the scripts that all pages share
 FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -54,6 +57,13 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def tally(request):
+    """What the tests of this file looked at; conftest.py prints it at the end."""
+    request.config.stash[SITE_TALLY] = Counter()
+    return request.config.stash[SITE_TALLY]
+
+
 @pytest.fixture
 def page(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -74,10 +84,12 @@ def _scroll_through(page):
 
 
 @pytest.mark.parametrize("name", _pages())
-def test_page(name, page, server):
+def test_page(name, page, server, tally):
     page.goto(f"{server}/{name}", wait_until="networkidle")
     _scroll_through(page)
     figures = page.locator(".lo-figure")
+    assert page.locator(".lo-caption").count() == figures.count(), "every figure has a numbered caption"
+    assert (SITE / name).stat().st_size < PAGE_BYTES
     for i in range(figures.count()):
         figures.nth(i).scroll_into_view_if_needed()
         page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
@@ -89,8 +101,10 @@ def test_page(name, page, server):
         untypeset = "() => [...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length"
         page.wait_for_function(f"() => ({untypeset})() === 0")
         assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
-    assert [u for u in page.requests if not u.startswith((server, "data:", "blob:"))] == []
-    assert page.troubles == []
+    foreign = [u for u in page.requests if not u.startswith((server, "data:", "blob:"))]
+    tally.update(pages=1, figures=figures.count(), formulas=page.locator(".math").count())
+    tally.update({"foreign requests": len(foreign), "console errors": len(page.troubles)})
+    assert foreign == [] and page.troubles == []
 
 
 @pytest.mark.parametrize("name", _pages())
@@ -133,7 +147,7 @@ def test_figures_follow_the_dark_theme(page, server):
     assert colours[0] != colours[1]
 
 
-def test_internal_links_and_anchors_resolve():
+def test_internal_links_and_anchors_resolve(tally):
     """Every href of every page that stays in the site: the file exists, and the anchor in it."""
     from bs4 import BeautifulSoup
 
@@ -154,6 +168,7 @@ def test_internal_links_and_anchors_resolve():
                 broken.append((name, link["href"]))
             elif anchor and there in ids and anchor not in ids[there]:
                 broken.append((name, link["href"]))
+    tally["links"] = count
     assert broken == [] and count > 500
 
 

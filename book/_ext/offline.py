@@ -65,12 +65,31 @@ def drop_thebe(app, page, template, context, doctree):
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes}".lower()]
 
 
+def number_figures(app, doctree, page):
+    """Caption: the emphasised paragraph after a figure. "Figure 3.2" in a numbered chapter, "Figure 2" elsewhere."""
+    numbers = app.env.toc_secnumbers.get(page, {}).values()
+    chapter = f"{min(numbers)[0]}." if numbers else ""
+    count = 0
+    for raw in doctree.findall(nodes.raw):
+        cell = raw
+        while cell is not None and "cell" not in cell.get("classes", []):
+            cell = cell.parent
+        if 'class="lo-figure"' not in raw.astext() or cell is None:
+            continue
+        caption = cell.next_node(descend=False, siblings=True)
+        if isinstance(caption, nodes.paragraph) and isinstance(caption[0], nodes.emphasis):
+            count += 1
+            caption["classes"].append("lo-caption")
+            caption.insert(0, [nodes.strong(text=f"Figure {chapter}{count}."), nodes.Text(" ")])
+
+
 def setup(app):
     from myst_nb.core.render import load_mime_renders
 
     if PlotlyFigure not in load_mime_renders():  # the list is cached for the process
         load_mime_renders().append(PlotlyFigure)
     app.config.mathjax_path = "mathjax/tex-chtml.js"
+    app.connect("doctree-resolved", number_figures)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
