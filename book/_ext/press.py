@@ -17,17 +17,25 @@ import typer
 import yaml
 from playwright.sync_api import sync_playwright
 from pypdf import PdfReader, PdfWriter
+from pypdf.generic import ArrayObject, NameObject
 
 from lora_opcm import figures
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking"]
 MARGIN = {"top": "20mm", "bottom": "20mm", "left": "18mm", "right": "18mm"}
+SCALE = 0.72  # of a page as the screen shows it
 PRINT = """
 .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer, .bd-footer, .bd-footer-content,
-button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs { display: none !important }
-.bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important; padding: 0 !important }
-.bd-article { padding: 0 !important } .lo-figure, table, .proof, pre, .admonition { break-inside: avoid }
+button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
+.lo-figure .updatemenu-container, .lo-figure .slider-container, details.hide.above-input { display: none !important }
+.bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important; padding: 0 !important; margin: 0 !important }
+.bd-article { padding: 0 !important } .lo-figure, .bd-article tr, .proof, .admonition, .cell_input, .cell_output, div.highlight { break-inside: avoid }
+.lo-figure, .proof-title, .cell_input { break-after: avoid } .lo-caption { break-before: avoid }
+.bd-article pre, .bd-article pre span { white-space: pre-wrap !important; overflow-wrap: anywhere }
+div.cell_output .output.text_html, .pst-scrollable-table-container { overflow: visible !important }
+.bd-article table { font-size: 0.82em; max-width: 100% } .bd-article th, .bd-article td { white-space: normal !important }
+#jb-print-docs-body h1 { font-size: 2.2rem !important; text-align: left !important; margin: 0 0 1rem }
 details.toggle-details, details { display: block }
 """
 app = typer.Typer(add_completion=False)
@@ -78,7 +86,37 @@ def print_page(page, address: str) -> tuple[str, bytes]:
     title = page.locator("h1").first.evaluate(
         "h => h.firstChild.textContent + (h.querySelector('.section-number')?.nextSibling?.textContent ?? '')"
     )
-    return " ".join(title.split()), page.pdf(format="A4", margin=MARGIN, print_background=True)
+    return " ".join(title.split()), page.pdf(format="A4", margin=MARGIN, print_background=True, scale=SCALE)
+
+
+def stamp(page, writer: PdfWriter, titles: list[str]) -> None:
+    """Number the pages of `writer`, with the chapter's title beside the number."""
+    feet = "".join(
+        f"<section><span>{escape(title)}</span><span>{number}</span></section>"
+        for number, title in enumerate(titles, 1)
+    )
+    page.set_content(
+        "<style>@page{margin:0} body{margin:0;font:8.5pt system-ui;color:#555} section{height:297mm;box-sizing:border-box;"
+        "padding:284mm 18mm 0;display:flex;justify-content:space-between;break-after:page;overflow:hidden}"
+        f"</style>{feet}"
+    )
+    overlay = PdfReader(io.BytesIO(page.pdf(format="A4", margin=dict.fromkeys(MARGIN, "0"))))
+    for sheet, foot in zip(writer.pages, overlay.pages):
+        sheet.merge_page(foot)
+        sheet.compress_content_streams()
+
+
+def link(writer: PdfWriter, address: str, starts: dict[str, int]) -> None:
+    """Links between pages of the site become links within the file."""
+    for sheet in writer.pages:
+        for note in sheet.get("/Annots", ()):
+            note = note.get_object()
+            uri = str(note.get("/A", {}).get("/URI", ""))
+            start = starts.get(uri.removeprefix(address).partition("#")[0].strip("/"))
+            if uri.startswith(address) and start is not None:
+                del note["/A"]
+                target = writer.pages[start].indirect_reference
+                note[NameObject("/Dest")] = ArrayObject([target, NameObject("/Fit")])
 
 
 @app.command()
@@ -106,16 +144,20 @@ def pdf(site: Path = ROOT / "_build" / "site", output: Path = ROOT / "_build" / 
             table = PdfReader(io.BytesIO(page.pdf(format="A4", margin=MARGIN)))
             if len(table.pages) == front:
                 break
-    writer = PdfWriter()
-    writer.append(table, outline_item="Contents")
-    parents: dict[str, object] = {}
-    for (part, title, _), reader in zip(chapters, readers):
-        start = len(writer.pages)
-        writer.append(reader, import_outline=False)
-        if part and part not in parents:
-            parents[part] = writer.add_outline_item(part, start)
-        writer.add_outline_item(title, start, parent=parents.get(part))
+        writer = PdfWriter()
+        writer.append(table, outline_item="Contents")
+        parents, starts, feet = {}, {}, ["Contents"] * len(table.pages)
+        for (part, title, _), reader, file in zip(chapters, readers, [f for _, fs in contents() for f in fs]):
+            start = starts[f"{file}.html"] = len(writer.pages)
+            writer.append(reader, import_outline=False)
+            if part and part not in parents:
+                parents[part] = writer.add_outline_item(title=part, page_number=start)
+            writer.add_outline_item(title=title, page_number=start, parent=parents.get(part))
+            feet += [title] * len(reader.pages)
+        link(writer, address, starts)
+        stamp(page, writer, feet)
     writer.add_metadata({"/Title": chapters[0][1]})
+    writer.compress_identical_objects()
     writer.write(output)
     print(f"{output}: {len(writer.pages)} pages")
 
