@@ -113,8 +113,12 @@ def test_page_fits_a_phone(name, browser, server):
     page.goto(f"{server}/{name}", wait_until="networkidle")
     _scroll_through(page)
     width = page.evaluate("document.documentElement.scrollWidth")
+    cut = page.evaluate("""() => [...document.querySelectorAll("mjx-container:not([display])")].filter(m => {
+        const block = m.closest("p, li, td, dd, blockquote");
+        return block && m.getBoundingClientRect().right > block.getBoundingClientRect().right + 1 && !block.closest(".pst-scrollable-table-container");
+    }).map(m => m.parentElement.textContent)""")
     page.close()
-    assert width <= 375
+    assert width <= 375 and cut == []
 
 
 def test_experiment_shows_its_figure_and_its_table(page, server):

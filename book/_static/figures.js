@@ -72,6 +72,26 @@
       });
     }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   };
+  // A formula in the text that is wider than its paragraph becomes a line of its own, which scrolls.
+  const fitFormulas = () => {
+    const inline = [...document.querySelectorAll("mjx-container:not([display])")];
+    inline.forEach((m) => m.classList.remove("lo-wide"));
+    const wide = inline.filter((m) => {
+      const block = m.closest("p, li, td, dd, blockquote");
+      return block && m.getBoundingClientRect().width > block.clientWidth;
+    });
+    wide.forEach((m) => m.classList.add("lo-wide"));
+  };
+  window.addEventListener("load", async () => {
+    await window.MathJax?.startup?.promise;
+    fitFormulas();
+    let width = window.innerWidth;
+    window.addEventListener("resize", () => {
+      if (window.innerWidth === width) return;
+      width = window.innerWidth;
+      fitFormulas();
+    });
+  });
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 })();
