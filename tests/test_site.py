@@ -4,7 +4,6 @@ import functools
 import http.server
 import shutil
 import threading
-from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -60,7 +59,6 @@ def browser():
 @pytest.fixture(scope="module")
 def tally(request):
     """What the tests of this file looked at; conftest.py prints it at the end."""
-    request.config.stash[SITE_TALLY] = Counter()
     return request.config.stash[SITE_TALLY]
 
 
