@@ -126,3 +126,15 @@ def test_published_table_is_complete():
     gain = rows[rows.metric == "recovered gain"].set_index("method").value
     assert set(gain.index) >= {"mean", "task arithmetic", "OPCM, paper", "OPCM, FusionBench"}
     assert gain.drop(["zero-shot", "own adapter"]).between(0, 1, inclusive="neither").all()
+
+
+def test_references_are_the_works_the_pages_cite():
+    """A key without a citation would be missing on the References page, a citation without a key is a dead link."""
+    book = ROOT / "book"
+    keys = re.findall(r"^@\w+\{([^,\s]+),", (book / "references.bib").read_text(encoding="utf8"), re.M)
+    assert keys == sorted(set(keys)), "one entry a work, sorted by key"
+    cited = set()
+    for path in [*book.rglob("*.ipynb"), *book.rglob("*.md")]:
+        groups = re.findall(r"\{cite:\w+\}`([^`]+)`", path.read_text(encoding="utf8"))
+        cited |= {key.strip() for group in groups for key in group.split(",")}
+    assert set(keys) == cited, f"not cited: {set(keys) - cited}; no entry: {cited - set(keys)}"
