@@ -219,7 +219,13 @@ def test_play_button_moves_the_figure(page, server):
 
 @pytest.mark.parametrize(
     "name",
-    ["book/intro.html", "book/low_rank_updates.html", "book/opcm.html", "book/experiments/bake_off.html"],
+    [
+        "book/intro.html",
+        "book/low_rank_updates.html",
+        "book/opcm.html",
+        "book/experiments/bake_off.html",
+        "book/references.html",
+    ],
 )
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_has_no_serious_finding(name, theme, browser, server):

@@ -65,6 +65,11 @@ def drop_thebe(app, page, template, context, doctree):
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes}".lower()]
 
 
+def list_references(app, page, template, context, doctree):
+    """docutils puts entries of the deprecated role doc-biblioentry into a list, which may hold list items only."""
+    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def number_figures(app, doctree, page):
     """Caption: the emphasised paragraph after a figure. "Figure 3.2" in a numbered chapter, "Figure 2" elsewhere."""
     numbers = app.env.toc_secnumbers.get(page, {}).values()
@@ -91,5 +96,6 @@ def setup(app):
     app.config.mathjax_path = "mathjax/tex-chtml.js"
     app.connect("doctree-resolved", number_figures)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", list_references)
     app.connect("build-finished", copy_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
