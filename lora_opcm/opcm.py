@@ -10,6 +10,7 @@ sum S = Σ P_t(Δ_t), and M is S times one final scale.
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -262,8 +263,7 @@ class FactorMerger:
     """
 
     def __init__(self, alpha: float = 0.5, gauge: str = "given", scale: str | float = "norm"):
-        if gauge not in ("given", "balanced"):
-            raise ValueError(f"gauge must be 'given' or 'balanced', got {gauge!r}")
+        self.sides([], gauge)  # refuses a gauge it does not know
         self.gauge = gauge
         self.left, self.right = (ContinualMerger(alpha=alpha, scale=scale) for _ in range(2))
 
@@ -277,12 +277,29 @@ class FactorMerger:
                     f"{adapter.source}: {name} has rank {u.rank}, an earlier adapter {known.shape[1]};"
                     " merging factors needs equal ranks"
                 )
-            u = u.balanced() if self.gauge == "balanced" else u
-            eye = torch.eye(u.rank, dtype=u.dtype, device=u.left.device)
-            lefts[name], rights[name] = LowRank(u.left, eye), LowRank(eye, u.right)
+            (lefts[name],), (rights[name],) = self.sides([u], self.gauge)
         self.left.add(adapter.with_modules(lefts))
         self.right.add(adapter.with_modules(rights))
         return self
+
+    @staticmethod
+    def sides(updates: Sequence[LowRank], gauge: str) -> tuple[list[LowRank], list[LowRank]]:
+        """The factors B (m, r) and A (r, n) of updates of one module as updates of their own, B·I and I·A."""
+        if gauge not in ("given", "balanced"):
+            raise ValueError(f"gauge must be 'given' or 'balanced', got {gauge!r}")
+        ranks = {u.rank for u in updates}
+        if len(ranks) > 1:
+            raise ValueError(f"merging factors needs equal ranks, got {sorted(ranks)}")
+        if gauge == "balanced":
+            r = max(ranks, default=0)
+            updates = [u.balanced() for u in updates]
+            updates = [
+                LowRank(F.pad(u.left, (0, r - u.rank)), F.pad(u.right, (0, 0, 0, r - u.rank)))
+                for u in updates
+            ]
+        eyes = [torch.eye(u.rank, dtype=u.dtype, device=u.left.device) for u in updates]
+        left = [LowRank(u.left, eye) for u, eye in zip(updates, eyes)]
+        return left, [LowRank(eye, u.right) for u, eye in zip(updates, eyes)]
 
     def updates(self) -> dict[str, LowRank]:
         """The product of the merged factors, per module."""

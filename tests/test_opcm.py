@@ -150,3 +150,16 @@ def test_a_wrong_shape_leaves_the_state_as_it_was(generator):
     with pytest.raises(ValueError, match=r"b has shape \(30, 20\), in the merged state \(30, 18\)"):
         merger.add(adapter({"a": SHAPES["a"], "b": (30, 20)}, 3, generator))
     assert merger.state.norm() == before and len(merger.state.norms) == 1
+
+
+def test_factor_merger_is_the_registry_lora_opcm():
+    generator = torch.Generator().manual_seed(1)
+    adapters = [adapter({"a": (40, 32), "b": (36, 48)}, 3, generator, torch.float64) for _ in range(4)]
+    for gauge in ("given", "balanced"):
+        merger = lo.FactorMerger(alpha=0.4, gauge=gauge)
+        for a in adapters:
+            merger.add(a)
+        joint = lo.merge(adapters, "lora_opcm", alpha=0.4, gauge=gauge).modules
+        assert all(error(u, dense(joint[name])) < 1e-9 for name, u in merger.updates().items())
+    with pytest.raises(ValueError, match="'given' or 'balanced', got 'x'"):
+        lo.merge(adapters, "lora_opcm", gauge="x")
