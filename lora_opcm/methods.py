@@ -53,7 +53,7 @@ class Part:
     dropped : dict of str to float
         Per module, the share of the squared norm that truncation cut off.
     sizes : dict of str to list of list of float
-        What the factor is made of, per module: for every stream the squared norm of its sum, then those of its
+        What the factor is made of, per module: for every group (OPCM has one) the squared norm of its sum, then those of its
         parts. Empty where nothing is scaled at the end.
     """
 
@@ -67,8 +67,8 @@ class Part:
         Sums over modules are exactly rounded: they do not depend on how modules are shared out.
         """
         root = 1.0
-        for stream in zip(*self.sizes.values()):
-            size, *parts = (math.sqrt(math.fsum(column)) for column in zip(*stream))
+        for group in zip(*self.sizes.values()):
+            size, *parts = (math.sqrt(math.fsum(column)) for column in zip(*group))
             root *= math.sqrt(sum(parts) / len(parts) / size) if size else 1.0
         dtype = self.adapter.dtype
         scaled = {n: LowRank(u.left * root, u.right * root) for n, u in self.adapter.modules.items()}
