@@ -13,7 +13,7 @@ from . import rules
 from .adapters import Adapter, combine
 from .lowrank import LowRank, add, reduce, working_dtype
 from .opcm import FactorMerger
-from .parallel import parallel_map
+from .parallel import Progress, parallel_map
 
 SPACES = {
     "sum": "factors side by side",
@@ -54,6 +54,7 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     dropped: dict[str, float] | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Adapter:
     """One adapter out of several.
@@ -70,6 +71,8 @@ def merge(
         Truncate the result to a rank, or to a share of its squared norm. None keeps it exact.
     dropped : dict, optional
         Is given, per module, the share of the squared norm that truncation cut off.
+    progress : callable, optional
+        Wrapped around the modules as they are done, called with an iterable and `total`: `tqdm.tqdm` will do.
     **options
         Of the method; `scale` multiplies the merged update. "norm", OPCM's default, gives the whole merged
         adapter the mean norm of its parts.
@@ -125,9 +128,11 @@ def merge(
             a.with_modules({n: wide(_update(a, n, shapes[n], w)) for n in a.modules})
             for a, w in zip(adapters, weights)
         ]
-        found = {n: u.truncate(rank, energy) for n, u in entry.run(whole, **options).items()}
+        updates = entry.run(whole, **options)
+        done = parallel_map(lambda u: u.truncate(rank, energy), updates.values(), progress)
+        found = dict(zip(updates, done))
     else:
-        found = dict(zip(shapes, parallel_map(one, shapes)))
+        found = dict(zip(shapes, parallel_map(one, shapes, progress)))
     modules = {name: result[0] for name, result in found.items()}
     if dropped is not None:
         dropped |= {name: result[1] for name, result in found.items()}
