@@ -165,7 +165,8 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
         If formats or base models differ (the last part of their names counts: a local copy of "org/name" is
         the same), a module is another kind of layer in one of them, or full tensors (`saved`) are not equal.
     """
-    first, kinds = adapters[0], {name: adapters[0].kinds.get(name, LINEAR) for name in adapters[0].modules}
+    first = adapters[0]
+    kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}
     for other in adapters[1:]:
         both = f"{first.source} and {other.source}"
         if other.format != first.format:
@@ -196,6 +197,8 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
 def load_adapter(path: str | os.PathLike) -> Adapter:
     """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
 
+    A folder without an adapter of its own may hold one further down (`weights_of`).
+
     The format is detected by the keys. Scales: PEFT as its config says (`configs.Scales`); kohya α/r by the
     module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
     config it keeps in the header.
@@ -207,9 +210,7 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
         or corrupt files, factors that are not float or hold NaN or Inf, shapes that do not fit, half a
         module, no module at all. The message names the file, the module, what came and what was expected.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = _weights_of(path)
+    path = weights_of(path)
     if path.suffix.lower() in PICKLES:
         raise AdapterError(
             f"{path}: a pickle can run code when it is opened, so only safetensors are read; convert it where"
@@ -224,15 +225,34 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
         raise AdapterError(f"{path}: not a readable safetensors file (truncated?): {reason}") from error
 
 
-def _weights_of(folder: Path) -> Path:
+def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
+    """The file that holds the factors: `path` itself, or the one in a folder.
+
+    In a folder without an adapter, as a downloaded snapshot may be, the one adapter up to `depth` levels down.
+
+    Raises
+    ------
+    AdapterError
+        If there is none, or more than one.
+    """
+    folder = path = Path(path)
+    if not path.is_dir():
+        return path
     for suffix in (".safetensors", *sorted(PICKLES)):
         if (folder / WEIGHTS).with_suffix(suffix).is_file():
             return (folder / WEIGHTS).with_suffix(suffix)
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1 and not (folder / CONFIG).is_file():
-        return files[0]
-    inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
-    hint = f"; there are adapters inside: {', '.join(inside[:5])}" if inside else ""
+    hint = ""
+    if not (folder / CONFIG).is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return files[0]
+        inside = sorted({p.parent for d in range(depth) for p in folder.glob("*/" * (d + 1) + CONFIG)})
+        if len(inside) == 1:
+            return weights_of(inside[0])
+        found = [str(p.relative_to(folder)) for p in inside] or [p.name for p in files]
+        if found:
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            hint = f"; there are {len(found)} inside, name one: {', '.join(found[:8])}{more}"
     raise AdapterError(f"{folder}: expected {CONFIG} and {WEIGHTS}, or one .safetensors file{hint}")
 
 

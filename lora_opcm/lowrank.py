@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .parallel import full_precision
+
 # Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
 # a direction that small is noise, and treating it as a direction is the null-space trap of design.
 RTOL = {torch.float64: 1e-12}
@@ -266,6 +268,7 @@ def reduce(updates: Sequence[LowRank]) -> Core:
     return _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
 
 
+@full_precision()
 def reduce_batch(modules: Sequence[Sequence[LowRank]], device: str | torch.device) -> list[Core]:
     """`reduce` of several modules whose updates have the same shapes, ranks and dtypes.
 

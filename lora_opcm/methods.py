@@ -13,7 +13,7 @@ from . import rules
 from .adapters import Adapter, combine
 from .lowrank import Core, LowRank, reduce, reduce_batch, working_dtype
 from .opcm import FactorMerger, stream
-from .parallel import parallel_map
+from .parallel import Progress, parallel_map
 
 SPACES = {"core": "core space", "factors": "factors", "dense": "dense ΔW"}
 BATCH = 2**28  # numbers that are stacked on a device at once
@@ -84,6 +84,7 @@ def merge(
     energy: float | None = None,
     dropped: dict[str, float] | None = None,
     device: str | torch.device | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Adapter:
     """One adapter out of several.
@@ -103,6 +104,9 @@ def merge(
     device : optional
         "cuda", "mps", …: where large matrices are multiplied, modules of equal shape and ranks in one batch; what
         has only the size of the summed rank stays float64 on the CPU. None works there module by module.
+    progress : callable, optional
+        Wrapped around the modules (on a device, the batches) as they are done, called with an iterable and
+        `total`: `tqdm.tqdm` will do.
     **options
         Of the method; `scale` multiplies the merged update. "norm", OPCM's default, gives the whole merged
         adapter the mean norm of its parts.
@@ -118,7 +122,7 @@ def merge(
         For an unknown method or option, no adapters, a wrong number of weights, NaN or Inf among them, or
         shapes that differ. `AdapterError`, a ValueError, where base models or full tensors disagree.
     """
-    part = merge_part(adapters, method, weights, rank, energy, device, **options)
+    part = merge_part(adapters, method, weights, rank, energy, device, progress, **options)
     if dropped is not None:
         dropped |= part.dropped
     return part.finish()
@@ -131,6 +135,7 @@ def merge_part(
     rank: int | None = None,
     energy: float | None = None,
     device: str | torch.device | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Part:
     """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
@@ -172,16 +177,19 @@ def merge_part(
         update, share = update.truncate(rank, energy)
         return update.to("cpu"), share, sizes
 
-    found = {}
-    modules = {name: _updates(adapters, name, weights) for name in shapes}
-    for names in _batches(modules) if device is not None else [list(shapes)]:
+    found, modules = {}, {name: _updates(adapters, name, weights) for name in shapes}
+    batches, each = [list(shapes)], progress
+    if device is not None:
+        batches, each = list(_batches(modules)), None
+        batches = progress(batches, total=len(batches)) if progress else batches
+    for names in batches:
         parts = [modules[name] for name in names]
         cores = [None] * len(parts)
         if device is not None and entry.space == "core":
             cores = reduce_batch(parts, device)
         elif device is not None and torch.device(device).type != "mps":  # which has no float64
             parts = [[u.to(device) for u in updates] for updates in parts]
-        found |= dict(zip(names, parallel_map(one, zip(names, parts, cores))))
+        found |= dict(zip(names, parallel_map(one, zip(names, parts, cores), each)))
     found = {name: found[name] for name in shapes}
     return Part(
         merged.with_modules({name: update for name, (update, _, _) in found.items()}),

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .adapters import CONFIG, Adapter, AdapterError, load_adapter
 from .methods import merge
+from .writing import write_text
 
 RECIPE, CARD = "merge_recipe.json", "README.md"
 VERSION = 1  # of the recipe's layout
@@ -105,13 +105,3 @@ def write_card(output: Path, adapter: Adapter, inputs: Sequence[str | os.PathLik
     path = output / CARD
     write_text(path, text)
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: what was there stays whole until then."""
-    scratch = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        scratch.write_text(text, encoding="utf8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

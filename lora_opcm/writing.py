@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,12 +71,8 @@ def save_adapter(
         raise AdapterError(f"{path}: {next(iter(adapter.saved))} is a full tensor, which kohya cannot hold")
     contents = _kohya_contents(adapter, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
+    with replacing(path) as temporary:
         write_safetensors(temporary, *contents)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -94,9 +91,9 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
     # A new folder appears by one rename. In one that is there, each file does, the config last; between the
     # two, a reader that finds factors of one save and ranks of another refuses them.
     fresh = not folder.exists()
-    target = _beside(folder) if fresh else folder
+    target = beside(folder) if fresh else folder
     target.mkdir(exist_ok=not fresh)
-    files = {WEIGHTS: _beside(target / WEIGHTS), CONFIG: _beside(target / CONFIG)}
+    files = {WEIGHTS: beside(target / WEIGHTS), CONFIG: beside(target / CONFIG)}
     try:
         write_safetensors(files[WEIGHTS], *_peft_contents(adapter, dtype))
         _write(files[CONFIG], [text])
@@ -206,6 +203,23 @@ def _write(path: Path, blocks: Iterable) -> None:
         os.fsync(file.fileno())
 
 
-def _beside(path: Path) -> Path:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as temporary:
+        _write(temporary, [text.encode()])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` at the end; after an error nothing is left of it."""
+    temporary = beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
     """A name in the same folder that no other process uses."""
     return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"

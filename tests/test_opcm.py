@@ -135,7 +135,7 @@ def test_a_damaged_state_is_refused_and_a_failed_save_keeps_the_old_one(generato
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_opcm.opcm.save_file", full_disk)
+    monkeypatch.setattr("lora_opcm.writing._write", full_disk)
     with pytest.raises(OSError, match="no space"):
         merger.save(path)
     assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
