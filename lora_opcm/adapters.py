@@ -6,7 +6,7 @@ and read when used: replace a file that is loaded (as `writing.save_adapter` doe
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -194,7 +194,7 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def load_adapter(path: str | os.PathLike) -> Adapter:
+def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = None) -> Adapter:
     """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
 
     A folder without an adapter of its own may hold one further down (`weights_of`).
@@ -202,6 +202,8 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
     The format is detected by the keys. Scales: PEFT as its config says (`configs.Scales`); kohya α/r by the
     module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
     config it keeps in the header.
+
+    With `only`, no more than the modules and full tensors whose names it holds true of are read and checked.
 
     Raises
     ------
@@ -219,7 +221,7 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
     config = configs.read_config(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
     try:
         with safe_open(path, framework="pt") as file:
-            return _read(file, path, config)
+            return _read(file, path, config, only or (lambda name: True))
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AdapterError(f"{path}: not a readable safetensors file (truncated?): {reason}") from error
@@ -256,7 +258,7 @@ def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
     raise AdapterError(f"{folder}: expected {CONFIG} and {WEIGHTS}, or one .safetensors file{hint}")
 
 
-def _read(file, path: Path, config: dict | None) -> Adapter:
+def _read(file, path: Path, config: dict | None, only: Callable[[str], bool]) -> Adapter:
     where, metadata = str(path), file.metadata() or {}
     dialects, factors, rest = formats.group(file.keys(), where)
     saved, scales = {}, None
@@ -266,7 +268,7 @@ def _read(file, path: Path, config: dict | None) -> Adapter:
         rest += [parts["alpha"] for parts in factors.values() if "alpha" in parts]
         names = {k: formats.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         formats.refuse([k for k, name in names.items() if name is None], where)
-        saved = {name: _tensor(file, key, where, factor=False) for key, name in names.items()}
+        saved = {n: _tensor(file, key, where, factor=False) for key, n in names.items() if only(n)}
         scales = configs.Scales(config, config_path)
         base = config.get("base_model_name_or_path")
     else:
@@ -280,13 +282,16 @@ def _read(file, path: Path, config: dict | None) -> Adapter:
     if not factors:
         raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
     modules, kinds = {}, {}
-    for name, parts in factors.items():
+    for name in filter(only, factors):
+        parts = factors[name]
         modules[name] = update = _update(file, name, parts, scales, where)
         if "embedding" in parts:
             kinds[name] = Kind("embedding")
         elif update.down.ndim > 2:
             kinds[name] = Kind("conv", tuple(update.down.shape[2:]))
-    dtype = _widest(t.dtype for u in modules.values() for t in (u.up, u.down))
+    keys = [parts[role] for parts in factors.values() for role in ("up", "down") if role in parts]
+    names = {file.get_slice(key).get_dtype() for key in keys}  # of all factors, whatever `only` says
+    dtype = _widest(t for t in DTYPES if DTYPES[t] in names & set(FACTOR_DTYPES))
     base = base if isinstance(base, str) else None
     return Adapter(modules, base, format, kinds, config, saved, metadata, dtype, where)
 

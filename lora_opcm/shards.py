@@ -9,68 +9,54 @@ what it merged before that factor, with the squared norms the factor is made of;
 rounded. The same bytes need the same numerics: one version of torch, one kind of CPU.
 """
 
-import json
+import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from .adapters import Adapter, AdapterError, Kind, load_adapter
-from .lowrank import LowRank
+from .adapters import Adapter, AdapterError, load_adapter
 from .methods import Part, merge_part
-from .writing import replace_file, write_safetensors
-
-KEY = "lora_opcm_shard"
-METADATA = ("base_model", "format", "config", "metadata", "source")  # of an Adapter, as they are
+from .state import factors, load_state, save_state
 
 
 def belongs(name: str, shard: tuple[int, int]) -> bool:
-    """Whether a module is of shard (index, count): by a hash of its name, which needs nobody else's list."""
+    """Whether a module is of shard (index, count): by a hash of its name, so nobody needs a list of all."""
     return zlib.crc32(name.encode()) % shard[1] == shard[0]
 
 
 def merge_shard(
-    inputs: Sequence[str | Path], output: str | Path, shard: tuple[int, int], method: str = "opcm", **call
+    inputs: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    shard: tuple[int, int],
+    method: str = "opcm",
+    **call,
 ) -> Path:
-    """Merge the modules of one shard, (index, count) with 0 ≤ index < count; `call` is as for `merge`.
+    """Merge the modules of shard (index, count), 0 ≤ index < count; `call` is as for `merge`.
 
-    Writes one .safetensors file, under a temporary name first: merged factors in float32 (or 64), full tensors of
-    `modules_to_save` that fall into the shard, and a JSON header.
+    Writes a state file: merged factors in float32 (64), full tensors of `modules_to_save` whose names fall into
+    the shard, and what else `join` needs in its header. Only tensors of the shard are read.
 
     Raises
     ------
     ValueError
-        As `merge` does, and for a shard that is none.
+        As `merge` and `load_adapter` do, and for a shard that is none.
     """
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"expected a shard (index, count) with 0 ≤ index < count, got {shard}")
-    adapters = [load_adapter(path, only=lambda name: belongs(name, shard)) for path in inputs]
-    part = merge_part(adapters, method, **call)
-    tensors = {f"saved/{name}": t for name, t in part.adapter.saved.items()}
-    for name, u in part.adapter.modules.items():
-        tensors |= {f"left/{name}": u.left, f"right/{name}": u.right}
-    header = {
-        "shard": list(shard),
-        "call": {"method": method}
-        | {k: v for k, v in call.items() if k not in ("device", "grams")},  # where, and tensors
-        "modules": list(part.adapter.modules),
-        "dropped": part.dropped,
-        "sizes": part.sizes,
-        "adapter": {key: getattr(part.adapter, key) for key in METADATA},
-        "kinds": {name: asdict(kind) for name, kind in part.adapter.kinds.items()},
-        "dtype": str(part.adapter.dtype).removeprefix("torch."),
-    }
-    contents = {key: (t, t.dtype) for key, t in tensors.items()}
-    output = Path(output)
-    replace_file(output, lambda path: write_safetensors(path, contents, {KEY: json.dumps(header)}))
-    return output
+    part = merge_part(
+        [load_adapter(path, only=lambda name: belongs(name, shard)) for path in inputs], method, **call
+    )
+    said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
+    header = {"shard": [index, count], "call": said, "modules": list(part.adapter.modules)}
+    tensors = {f"left/{name}": u.left for name, u in part.adapter.modules.items()}
+    tensors |= {f"right/{name}": u.right for name, u in part.adapter.modules.items()}
+    header |= {"dropped": part.dropped, "sizes": part.sizes}
+    return save_state(output, "shard", part.adapter, header, tensors)
 
 
-def join(paths: Sequence[str | Path]) -> tuple[Adapter, dict, dict[str, float]]:
+def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, dict[str, float]]:
     """All shards of a merge, in any order, as one adapter: the bytes `merge` would have given.
 
     Returns
@@ -86,55 +72,41 @@ def join(paths: Sequence[str | Path]) -> tuple[Adapter, dict, dict[str, float]]:
     AdapterError
         If a file is no shard, shards are missing or come twice, or they are of different merges.
     """
-    found = {}
+    found: dict[int, Part] = {}
+    expected = None
     for path in paths:
-        header, part = _read(Path(path))
+        header, part = load_state(path, "shard", _part)
         index, count = header["shard"]
-        first = next(iter(found.values()), None)
-        if first and (count, header["call"]) != (first[0]["shard"][1], first[0]["call"]):
+        expected = expected or (count, header["call"])
+        if expected != (count, header["call"]):
             raise AdapterError(
-                f"{path}: a shard of another merge: expected one of {first[0]['shard'][1]} of"
-                f" {first[0]['call']}, got one of {count} of {header['call']}"
+                f"{path}: expected one of {expected[0]} shards of {expected[1]}, got one of {count} of"
+                f" {header['call']}"
             )
         if index in found:
             raise AdapterError(f"{path}: shard {index} of {count} is given twice")
-        found[index] = header, part
-    if not found or (missing := sorted(set(range(count)) - set(found))):
-        raise AdapterError(
-            f"expected all shards of a merge, got {len(found)}; missing: {missing if found else 'all'}"
-        )
-    headers, parts = zip(*(found[index] for index in sorted(found)))
-    # Where a shard changed the set of modules, no list of the first input's modules describes the result.
-    adapter = next(
+        found[index] = part
+    if expected is None:
+        raise AdapterError("expected the shards of a merge, got none")
+    if missing := sorted(set(range(expected[0])) - set(found)):
+        raise AdapterError(f"expected {expected[0]} shards, got {len(found)}; missing: {missing}")
+    parts = [found[index] for index in sorted(found)]
+    # The list of target modules is gone from the config of a shard where it no longer holds.
+    like = next(
         (p.adapter for p in parts if p.adapter.config.get("target_modules") is None), parts[0].adapter
     )
-    whole = Part(
-        replace(
-            adapter,
-            **{key: _united(getattr(p.adapter, key) for p in parts) for key in ("modules", "kinds", "saved")},
-        ),
-        _united(p.dropped for p in parts),
-        _united(p.sizes for p in parts),
-    )
-    return whole.finish(), headers[0]["call"], whole.dropped
+    fields = {
+        field: _united(getattr(p.adapter, field) for p in parts) for field in ("modules", "kinds", "saved")
+    }
+    dropped = _united(p.dropped for p in parts)
+    whole = Part(replace(like, **fields), dropped, _united(p.sizes for p in parts))
+    return whole.finish(), expected[1], dropped
 
 
-def _united(dicts) -> dict:
-    return {name: value for d in dicts for name, value in d.items()}
+def _united(dicts: Iterable[dict]) -> dict:
+    return {name: value for each in dicts for name, value in each.items()}
 
 
-def _read(path: Path) -> tuple[dict, Part]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise AdapterError(f"{path}: expected a shard written by merge_shard: {error}") from None
-    adapter = Adapter(
-        {n: LowRank(tensors[f"left/{n}"], tensors[f"right/{n}"]) for n in header["modules"]},
-        kinds={n: Kind(k["name"], tuple(k["kernel"])) for n, k in header["kinds"].items()},
-        saved={n.removeprefix("saved/"): t for n, t in tensors.items() if n.startswith("saved/")},
-        dtype=getattr(torch, header["dtype"]),
-        **header["adapter"],
-    )
-    return header, Part(adapter, header["dropped"], header["sizes"])
+def _part(header: dict, tensors: dict, like: Adapter) -> tuple[dict, Part]:
+    modules = {name: factors(tensors, name) for name in header["modules"]}
+    return header, Part(replace(like, modules=modules), header["dropped"], header["sizes"])

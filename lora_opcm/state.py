@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,7 +15,9 @@ from .lowrank import LowRank
 from .writing import replacing, write_safetensors
 
 KEY = "lora_opcm_state"
-LOADERS = {"opcm": "ContinualMerger", "whitened_sum": "SumMerger"}  # kind of state -> the class that reads it
+LOADERS = {  # kind of state -> what reads it
+    "opcm": "ContinualMerger.load", "whitened_sum": "SumMerger.load", "shard": "shards.join",
+}  # fmt: skip
 Merger = TypeVar("Merger")
 
 
@@ -77,7 +78,7 @@ def load_state(path: str | os.PathLike, kind: str, build: Callable[..., Merger])
     """
     found = kind_of(path)
     if found != kind:
-        raise AdapterError(f"{path}: a state of {found}, expected {kind}: {LOADERS[found]}.load reads it")
+        raise AdapterError(f"{path}: a state of {found}, expected {kind}: {LOADERS[found]} reads it")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[KEY])

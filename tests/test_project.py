@@ -66,6 +66,8 @@ def test_modules_import_only_upwards():
         "sums",
         "rules",
         "methods",
+        "shards",
+        "plan",
         "similarity",
         "recipe",
         "report",

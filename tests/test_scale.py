@@ -1,12 +1,18 @@
 """Merging beyond one machine: on a device, and by shards."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from factories import adapter, dense, error
+from safetensors.torch import load_file, save_file
 from test_methods import RANK, REGISTRY, SHAPES, distance, grams, run, stream
 
 import lora_opcm as lo
 from lora_opcm.lowrank import gram_matrix, reduce, reduce_batch
+from lora_opcm.shards import belongs, join, merge_shard
 
 MANY = SHAPES | {f"layers.{i}.{name}": shape for i in range(3) for name, shape in SHAPES.items()}
 DEVICES = [
@@ -111,3 +117,93 @@ def test_gram_and_lift_keep_to_their_devices(dtype):
         transform = torch.empty(6, 6, dtype=torch.float64)
         lifted = Basis(columns[0].float(), transform, transform) @ torch.empty(6, 4, dtype=torch.float64)
         assert (lifted.device.type, lifted.dtype, lifted.shape) == ("cpu", torch.float32, (64, 4))
+
+
+# -- shards ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Four adapters in files; the second lacks two modules, and all carry two full tensors."""
+    saved = {f"{n}.weight": torch.arange(6, dtype=torch.float32) for n in ("classifier", "head")}
+    config = {"modules_to_save": ["classifier", "head"], "target_modules": ["a", "b"], "peft_type": "LORA"}
+    for i, a in enumerate(many("lora_opcm", torch.float16)):
+        lo.save_adapter(replace(a, saved=saved, config=config), tmp_path / f"in{i}")
+    return [tmp_path / f"in{i}" for i in range(4)]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_three_shards_give_the_bytes_of_one_process(method, inputs, tmp_path):
+    options = {"rank": 4, "weights": [1.0, 0.5, -1.0, 2.0]}
+    options |= {"grams": grams(4, MANY)} if REGISTRY[method].data else {}
+    dropped = {}
+    whole = lo.merge([lo.load_adapter(path) for path in inputs], method, dropped=dropped, **options)
+    lo.save_adapter(whole, tmp_path / "whole")
+    parts = [merge_shard(inputs, tmp_path / f"{i}.safetensors", (i, 3), method, **options) for i in (2, 0, 1)]
+    joined, call, shares = join(parts)
+    lo.save_adapter(joined, tmp_path / "joined")
+    assert files(tmp_path / "joined") == files(tmp_path / "whole")
+    assert shares == dropped
+    assert call == {"method": method, "rank": 4, "weights": [1.0, 0.5, -1.0, 2.0]}
+
+
+def test_shards_in_processes_of_their_own(inputs, tmp_path):
+    code = "import sys; from lora_opcm.shards import merge_shard; merge_shard(sys.argv[3:], sys.argv[2], (int(sys.argv[1]), 3))"
+    names = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", code, str(i), names[i], *inputs]) for i in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    lo.save_adapter(join(names)[0], tmp_path / "joined")
+    lo.save_adapter(lo.merge([lo.load_adapter(path) for path in inputs]), tmp_path / "whole")
+    assert files(tmp_path / "joined") == files(tmp_path / "whole")
+
+
+def test_more_shards_than_modules_and_kohya_files(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"lora_unet_a": (12, 8), "lora_unet_b": (16, 8)}
+    names = [tmp_path / f"in{i}.safetensors" for i in range(2)]
+    for path in names:
+        lo.save_adapter(replace(adapter(shapes, 3, generator), format="kohya"), path, format="kohya")
+    parts = [merge_shard(names, tmp_path / f"part{i}", (i, 7)) for i in range(7)]
+    lo.save_adapter(join(parts)[0], tmp_path / "joined.safetensors")
+    lo.save_adapter(lo.merge([lo.load_adapter(p) for p in names]), tmp_path / "whole.safetensors")
+    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_shard_reads_its_own_tensors_only(inputs):
+    """A NaN in a module of another shard is another shard's trouble."""
+    broken = lo.load_adapter(inputs[0])
+    name = next(n for n in broken.modules if belongs(n, (0, 2)))
+    path = inputs[0] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"base_model.model.{name}.lora_A.weight"][:] = float("nan")
+    save_file(tensors, path)
+    found = lo.load_adapter(inputs[0], only=lambda n: belongs(n, (1, 2)))
+    assert (
+        set(found.modules) == {n for n in broken.modules if belongs(n, (1, 2))}
+        and found.dtype == broken.dtype
+    )
+    with pytest.raises(lo.AdapterError, match="NaN"):
+        lo.load_adapter(inputs[0], only=lambda n: belongs(n, (0, 2)))
+
+
+def test_shards_that_do_not_belong_together_are_refused(inputs, tmp_path):
+    one, two = (merge_shard(inputs, tmp_path / f"{i}.safetensors", (i, 2), "cat") for i in (0, 1))
+    other = merge_shard(inputs, tmp_path / "other.safetensors", (1, 2), "mean")
+    with pytest.raises(lo.AdapterError, match=r"expected 2 shards, got 1; missing: \[1\]"):
+        join([one])
+    with pytest.raises(lo.AdapterError, match="shard 0 of 2 is given twice"):
+        join([one, one])
+    with pytest.raises(
+        lo.AdapterError, match="other.safetensors: expected one of 2 shards of {'method': 'cat'}"
+    ):
+        join([one, other])
+    with pytest.raises(lo.AdapterError, match="got none"):
+        join([])
+    with pytest.raises(lo.AdapterError, match="expected a state"):
+        join([two, inputs[0] / "adapter_model.safetensors"])
+    with pytest.raises(ValueError, match=r"0 ≤ index < count, got \(2, 2\)"):
+        merge_shard(inputs, tmp_path / "x", (2, 2))
