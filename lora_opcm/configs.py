@@ -215,6 +215,25 @@ def header_scales(metadata: Mapping[str, str], names: Iterable[str], where: str)
     return scale
 
 
+def diffusers_header(
+    sizes: Mapping[str, tuple[int, float]],
+    metadata: Mapping[str, str],
+    config: Mapping,
+    base_model: str | None,
+    where: str,
+) -> dict[str, str]:
+    """The PEFT configs of a diffusers file, packed for its header; `sizes`: component.module -> (rank, scale)."""
+    old = parse_config(metadata[DIFFUSERS_METADATA], where) if DIFFUSERS_METADATA in metadata else {}
+    packed = {}
+    for component in {_component(name)[0]: None for name in sizes}:
+        own = {_component(name)[1]: size for name, size in sizes.items() if _component(name)[0] == component}
+        # The modules of a merge may be others than the old targets say.
+        known = (dict(config) or _unpack(old, component)) | {"target_modules": None}
+        found = config_for(own, known, base_model)
+        packed |= {f"{component}.{key}" if component else key: value for key, value in found.items()}
+    return {DIFFUSERS_METADATA: json.dumps(packed, sort_keys=True)}
+
+
 def kohya_header(metadata: Mapping[str, str], ranks: Iterable[int]) -> dict[str, str]:
     """A kohya file's metadata for new updates of these ranks: dimension and α as they are, no old hashes."""
     new = {k: v for k, v in metadata.items() if not k.startswith("sshs_") and k != "modelspec.hash_sha256"}

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -86,7 +85,9 @@ def load_state(path: str | os.PathLike, kind: str, build: Callable[..., Merger])
         if bad:
             raise ValueError(f"{bad} holds NaN or Inf, or no numbers")
         like = header["adapter"]
-        kinds = {n: Kind(str(k["name"]), tuple(int(i) for i in k["kernel"])) for n, k in like["kinds"].items()}
+        kinds = {
+            n: Kind(str(k["name"]), tuple(int(i) for i in k["kernel"])) for n, k in like["kinds"].items()
+        }
         dtypes = {str(t).removeprefix("torch."): t for t in DTYPES if t.is_floating_point}
         if not (isinstance(like["config"], dict) and isinstance(like["metadata"], dict)):
             raise ValueError("its adapter has no config")

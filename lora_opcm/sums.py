@@ -143,9 +143,7 @@ class SumMerger:
         self.members: list[dict] = []  # name, norm and fingerprint of what is in the sums
         self._like: Adapter | None = None
 
-    def add(
-        self, adapter: Adapter, name: str | None = None, progress: Progress | None = None
-    ) -> "SumMerger":
+    def add(self, adapter: Adapter, name: str | None = None, progress: Progress | None = None) -> "SumMerger":
         """Take in one adapter. A module it lacks counts as zero. `progress` as in `merge`."""
         for module, update in adapter.modules.items():
             known = self.sums.get(module)
@@ -234,10 +232,14 @@ class SumMerger:
 
         def build(header: dict, tensors: dict[str, Tensor], like: Adapter) -> "SumMerger":
             merger, members = cls(**header["merger"]), header["members"]
-            if not (header["modules"] and members and all({"name", "norm", "sha256"} <= set(m) for m in members)):
+            if not (
+                header["modules"] and members and all({"name", "norm", "sha256"} <= set(m) for m in members)
+            ):
                 raise ValueError("expected modules, and name, norm and sha256 of every adapter")
             for n in header["modules"]:
-                merger.sums[n] = Sums(*(tensors[f"{part}/{n}"].double() for part in ("left", "right", "S", "L", "R")))
+                merger.sums[n] = Sums(
+                    *(tensors[f"{part}/{n}"].double() for part in ("left", "right", "S", "L", "R"))
+                )
             merger.members = members
             merger._like = replace(like, modules=_shapes(merger.sums))
             return merger
