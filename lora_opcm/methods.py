@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .adapters import Adapter, combine
+from .adapters import Adapter, _finite, combine
 from .lowrank import LowRank, add, reduce, working_dtype
 from .opcm import FactorMerger
 from .parallel import Progress, parallel_map
@@ -141,7 +141,12 @@ def merge(
         mean_norm = float(sum(result[3] for result in found.values()).sqrt().mean())
         root = (mean_norm / size if size else 1.0) ** 0.5
         modules = {name: LowRank(u.left * root, u.right * root) for name, u in modules.items()}
-    return merged.with_modules({name: u.to(merged.dtype) for name, u in modules.items()})
+    modules = {name: u.to(merged.dtype) for name, u in modules.items()}
+    for name, u in modules.items():
+        if not (_finite(u.left) and _finite(u.right)):
+            sources = ", ".join(a.source for a in adapters if name in a.modules)
+            raise ValueError(f"{sources}: {name}: the merge is not finite in {u.dtype}, expected smaller updates")
+    return merged.with_modules(modules)
 
 
 def methods():

@@ -77,7 +77,7 @@ def save_adapter(
     contents = (_kohya_contents if format == "kohya" else _diffusers_contents)(adapter, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        write_safetensors(temporary, *contents)
+        write_safetensors(temporary, *contents, str(path))
     return path
 
 
@@ -124,7 +124,7 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
     target.mkdir(exist_ok=not fresh)
     files = {WEIGHTS: beside(target / WEIGHTS), CONFIG: beside(target / CONFIG)}
     try:
-        write_safetensors(files[WEIGHTS], *_peft_contents(adapter, dtype))
+        write_safetensors(files[WEIGHTS], *_peft_contents(adapter, dtype), str(folder))
         _write(files[CONFIG], [text])
         for name, temporary in files.items():
             os.replace(temporary, target / name)
@@ -203,13 +203,15 @@ def _factors(adapter: Adapter, name: str, dtype: torch.dtype | None):
     return (up, dtype or adapter.dtype), (down, dtype or adapter.dtype)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], metadata: dict) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], metadata: dict, where: str
+) -> None:
     """Write tensors, each cast to its dtype on the way: nothing is held twice. Same input, same bytes.
 
     Raises
     ------
     AdapterError
-        If a value is not finite in its dtype.
+        If a value is not finite in its dtype; the message says `where`.
     """
     # Widest first keeps every tensor aligned, as safetensors itself does.
     order = sorted(tensors, key=lambda k: (-tensors[k][1].itemsize, k))
@@ -228,7 +230,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtyp
             tensor, dtype = tensors[key]
             cast = tensor.detach().to("cpu", dtype).contiguous()
             if not _finite(cast):
-                raise AdapterError(f"{path.parent}: {key} is not finite in {dtype}, expected a wider dtype")
+                raise AdapterError(f"{where}: {key} is not finite in {dtype}, expected a wider dtype")
             yield cast.reshape(-1).view(torch.uint8).numpy()
 
     _write(path, blocks())
