@@ -332,7 +332,9 @@ def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
     if not _finite(tensor):
         raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
     if factor and tensor.dtype == torch.float64 and float(tensor.abs().max()) > LARGEST:
-        raise AdapterError(f"{where}: {key} holds {float(tensor.abs().max()):.1e}, expected below {LARGEST:.0e}")
+        raise AdapterError(
+            f"{where}: {key} holds {float(tensor.abs().max()):.1e}, expected below {LARGEST:.0e}"
+        )
     return tensor
 
 

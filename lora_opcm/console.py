@@ -91,9 +91,11 @@ def guarded(run: Callable[[], None]) -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         err.print(f"error: {text}", style="red", highlight=False, markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; what was there before is unchanged")
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the first an exit by 130
+        if isinstance(end, KeyboardInterrupt) or end.code == 130:
+            note("interrupted; what was there before is unchanged")
+            sys.exit(130)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

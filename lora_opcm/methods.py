@@ -145,7 +145,9 @@ def merge(
     for name, u in modules.items():
         if not (_finite(u.left) and _finite(u.right)):
             sources = ", ".join(a.source for a in adapters if name in a.modules)
-            raise ValueError(f"{sources}: {name}: the merge is not finite in {u.dtype}, expected smaller updates")
+            raise ValueError(
+                f"{sources}: {name}: the merge is not finite in {u.dtype}, expected smaller updates"
+            )
     return merged.with_modules(modules)
 
 
