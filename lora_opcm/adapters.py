@@ -23,6 +23,8 @@ __all__ = ["Adapter", "AdapterError", "Kind", "Stored", "combine", "load_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+MAX_TENSORS, MAX_NAME = 100_000, 1000  # a hostile header must not cost more than a large adapter
+LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -260,6 +262,11 @@ def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
 
 def _read(file, path: Path, config: dict | None, only: Callable[[str], bool]) -> Adapter:
     where, metadata = str(path), file.metadata() or {}
+    if len(file.keys()) > MAX_TENSORS or max(map(len, file.keys()), default=0) > MAX_NAME:
+        raise AdapterError(
+            f"{where}: {len(file.keys())} tensors with names of up to {max(map(len, file.keys()))} characters,"
+            f" expected at most {MAX_TENSORS} and {MAX_NAME}: no adapter has more"
+        )
     dialects, factors, rest = formats.group(file.keys(), where)
     saved, scales = {}, None
     if dialects <= {"peft"} and config is not None:
@@ -329,6 +336,10 @@ def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
     tensor = file.get_tensor(key)
     if not _finite(tensor):
         raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
+    if factor and tensor.dtype == torch.float64 and float(tensor.abs().max()) > LARGEST:
+        raise AdapterError(
+            f"{where}: {key} holds {float(tensor.abs().max()):.1e}, expected below {LARGEST:.0e}"
+        )
     return tensor
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .adapters import Adapter, combine
+from .adapters import Adapter, _finite, combine
 from .lowrank import Core, LowRank, reduce, reduce_batch, working_dtype
 from .opcm import FactorMerger, stream
 from .parallel import Progress, parallel_map
@@ -71,8 +71,14 @@ class Part:
             size, *parts = (math.sqrt(math.fsum(column)) for column in zip(*group))
             root *= math.sqrt(sum(parts) / len(parts) / size) if size else 1.0
         dtype = self.adapter.dtype
-        scaled = {n: LowRank(u.left * root, u.right * root) for n, u in self.adapter.modules.items()}
-        return self.adapter.with_modules({name: u.to(dtype) for name, u in scaled.items()})
+        modules = {}
+        for name, u in self.adapter.modules.items():
+            modules[name] = u = LowRank(u.left * root, u.right * root).to(dtype)
+            if not (_finite(u.left) and _finite(u.right)):
+                raise ValueError(
+                    f"{self.adapter.source}: {name}: the merge is not finite in {dtype}, expected smaller updates"
+                )
+        return self.adapter.with_modules(modules)
 
 
 def merge(

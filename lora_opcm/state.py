@@ -15,9 +15,7 @@ from .lowrank import LowRank
 from .writing import replacing, write_safetensors
 
 KEY = "lora_opcm_state"
-LOADERS = {  # kind of state -> what reads it
-    "opcm": "ContinualMerger.load", "whitened_sum": "SumMerger.load", "shard": "shards.join",
-}  # fmt: skip
+LOADERS = {"opcm": "ContinualMerger", "whitened_sum": "SumMerger"}  # kind of state -> the class that reads it
 Merger = TypeVar("Merger")
 
 
@@ -46,12 +44,14 @@ def save_state(
     everything = dict(tensors) | {f"saved/{name}": t for name, t in like.saved.items()}
     path = Path(path)
     with replacing(path) as temporary:
-        write_safetensors(temporary, {name: (t, t.dtype) for name, t in everything.items()}, {KEY: text})
+        write_safetensors(
+            temporary, {name: (t, t.dtype) for name, t in everything.items()}, {KEY: text}, str(path)
+        )
     return path
 
 
-def kind_of(path: str | os.PathLike) -> str:
-    """Which kind of state a file holds, a key of `LOADERS`; only its header is read.
+def kind_of(path: str | os.PathLike, *others: str) -> str:
+    """Which kind of state a file holds, a key of `LOADERS` or one of `others`; only its header is read.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def kind_of(path: str | os.PathLike) -> str:
             kind = json.loads((file.metadata() or {})[KEY])["kind"]
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: expected a state written by `save` of a merger: {error}") from None
-    if not isinstance(kind, str) or kind not in LOADERS:
+    if not isinstance(kind, str) or kind not in {*LOADERS, *others}:
         raise AdapterError(f"{path}: a state of kind {kind!r:.40}, expected one of {', '.join(LOADERS)}")
     return kind
 
@@ -76,9 +76,9 @@ def load_state(path: str | os.PathLike, kind: str, build: Callable[..., Merger])
     AdapterError
         If the file is no state, one of another kind, or damaged.
     """
-    found = kind_of(path)
+    found = kind_of(path, kind)
     if found != kind:
-        raise AdapterError(f"{path}: a state of {found}, expected {kind}: {LOADERS[found]} reads it")
+        raise AdapterError(f"{path}: a state of {found}, expected {kind}: {LOADERS[found]}.load reads it")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[KEY])

@@ -100,7 +100,8 @@ def inverse_root(x: Tensor) -> Tensor:
 def _shares(svd: SVD, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U, σ and Vᵀ in float64, and the weights (σ/‖σ‖)^power of their directions in L and R."""
     u, s, vh = (x.double() for x in svd)
-    return u, s, vh, (s / s.norm()) ** power if len(s) else s
+    relative = s / s[:1]  # the square of a tiny norm is zero
+    return u, s, vh, (relative / relative.norm()) ** power
 
 
 def _range(x: Tensor, before: Tensor) -> Tensor:

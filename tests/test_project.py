@@ -62,6 +62,7 @@ def test_modules_import_only_upwards():
         "configs",
         "adapters",
         "writing",
+        "state",
         "opcm",
         "sums",
         "rules",
@@ -71,6 +72,8 @@ def test_modules_import_only_upwards():
         "similarity",
         "recipe",
         "report",
+        "console",
+        "streams",
         "cli",
     ]
     for i, module in enumerate(order):
