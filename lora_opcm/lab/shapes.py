@@ -35,6 +35,9 @@ CONFIGS: dict[str, Callable] = {
     "ViT-L": lambda: CLIPVisionConfig(  # of openai/clip-vit-large-patch14
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
     ),
+    "ViT-B/32": lambda: CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32,
+    ),
     "Llama-2-7B": lambda: _llama(4096, 11008, 32, 32),
     "Llama-2-13B": lambda: _llama(5120, 13824, 40, 40),
     "Llama-2-70B": lambda: _llama(8192, 28672, 80, 64, kv=8),
