@@ -33,6 +33,7 @@ experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (defaul
 publish: experiments  ## put the tables of a full run into data/results (make publish PROFILE=full)
 	@test $(PROFILE) != quick || { echo "the quick profile is no published run: make publish PROFILE=full"; exit 1; }
 	cp _build/$(PROFILE)/results/*.csv data/results/
+	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 
 quick: $(BIN)/.ready  ## the fast tests, under 2 minutes
 	$(BIN)/pytest -m "not slow and not browser and not nightly"
@@ -68,6 +69,6 @@ _build/site/index.html: $(PAGES) $(EXECUTED) | $(BIN)/.ready
 	@echo "Building the site"
 	@rm -rf _build/source && mkdir -p _build/source
 	@cp -r book _config.yml _toc.yml _build/source/ && cp $(EXECUTED) _build/source/book/experiments/
-	@$(BIN)/python book/_ext/status.py _build/quick/executed _build/source/book/status.md
+	@$(BIN)/python book/_ext/status.py _build/quick/executed _build/source/book
 	@$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going --quiet --path-output _build/jb _build/source
 	@rm -rf _build/site && mv _build/jb/_build/html _build/site

@@ -8,6 +8,7 @@ from .grassmann import phi, principal_angles
 from .lowrank import LowRank
 from .methods import merge, methods
 from .opcm import ContinualMerger, FactorMerger, MergedState
+from .plan import plan
 from .similarity import align, similarity
 from .sums import SumMerger
 from .writing import save_adapter
@@ -32,6 +33,7 @@ __all__ = [
     "merge",
     "methods",
     "phi",
+    "plan",
     "principal_angles",
     "save_adapter",
     "similarity",

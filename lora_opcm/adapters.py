@@ -6,7 +6,7 @@ and read when used: replace a file that is loaded (as `writing.save_adapter` doe
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -23,6 +23,8 @@ __all__ = ["Adapter", "AdapterError", "Kind", "Stored", "combine", "load_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+MAX_TENSORS, MAX_NAME = 100_000, 1000  # a hostile header must not cost more than a large adapter
+LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -165,7 +167,8 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
         If formats or base models differ (the last part of their names counts: a local copy of "org/name" is
         the same), a module is another kind of layer in one of them, or full tensors (`saved`) are not equal.
     """
-    first, kinds = adapters[0], {name: adapters[0].kinds.get(name, LINEAR) for name in adapters[0].modules}
+    first = adapters[0]
+    kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}
     for other in adapters[1:]:
         both = f"{first.source} and {other.source}"
         if other.format != first.format:
@@ -193,12 +196,16 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def load_adapter(path: str | os.PathLike) -> Adapter:
+def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = None) -> Adapter:
     """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
+
+    A folder without an adapter of its own may hold one further down (`weights_of`).
 
     The format is detected by the keys. Scales: PEFT as its config says (`configs.Scales`); kohya α/r by the
     module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
     config it keeps in the header.
+
+    With `only`, no more than the modules and full tensors whose names it holds true of are read and checked.
 
     Raises
     ------
@@ -207,9 +214,7 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
         or corrupt files, factors that are not float or hold NaN or Inf, shapes that do not fit, half a
         module, no module at all. The message names the file, the module, what came and what was expected.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = _weights_of(path)
+    path = weights_of(path)
     if path.suffix.lower() in PICKLES:
         raise AdapterError(
             f"{path}: a pickle can run code when it is opened, so only safetensors are read; convert it where"
@@ -218,26 +223,50 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
     config = configs.read_config(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
     try:
         with safe_open(path, framework="pt") as file:
-            return _read(file, path, config)
+            return _read(file, path, config, only or (lambda name: True))
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AdapterError(f"{path}: not a readable safetensors file (truncated?): {reason}") from error
 
 
-def _weights_of(folder: Path) -> Path:
+def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
+    """The file that holds the factors: `path` itself, or the one in a folder.
+
+    In a folder without an adapter, as a downloaded snapshot may be, the one adapter up to `depth` levels down.
+
+    Raises
+    ------
+    AdapterError
+        If there is none, or more than one.
+    """
+    folder = path = Path(path)
+    if not path.is_dir():
+        return path
     for suffix in (".safetensors", *sorted(PICKLES)):
         if (folder / WEIGHTS).with_suffix(suffix).is_file():
             return (folder / WEIGHTS).with_suffix(suffix)
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1 and not (folder / CONFIG).is_file():
-        return files[0]
-    inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
-    hint = f"; there are adapters inside: {', '.join(inside[:5])}" if inside else ""
+    hint = ""
+    if not (folder / CONFIG).is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return files[0]
+        inside = sorted({p.parent for d in range(depth) for p in folder.glob("*/" * (d + 1) + CONFIG)})
+        if len(inside) == 1:
+            return weights_of(inside[0])
+        found = [str(p.relative_to(folder)) for p in inside] or [p.name for p in files]
+        if found:
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            hint = f"; there are {len(found)} inside, name one: {', '.join(found[:8])}{more}"
     raise AdapterError(f"{folder}: expected {CONFIG} and {WEIGHTS}, or one .safetensors file{hint}")
 
 
-def _read(file, path: Path, config: dict | None) -> Adapter:
+def _read(file, path: Path, config: dict | None, only: Callable[[str], bool]) -> Adapter:
     where, metadata = str(path), file.metadata() or {}
+    if len(file.keys()) > MAX_TENSORS or max(map(len, file.keys()), default=0) > MAX_NAME:
+        raise AdapterError(
+            f"{where}: {len(file.keys())} tensors with names of up to {max(map(len, file.keys()))} characters,"
+            f" expected at most {MAX_TENSORS} and {MAX_NAME}: no adapter has more"
+        )
     dialects, factors, rest = formats.group(file.keys(), where)
     saved, scales = {}, None
     if dialects <= {"peft"} and config is not None:
@@ -246,7 +275,7 @@ def _read(file, path: Path, config: dict | None) -> Adapter:
         rest += [parts["alpha"] for parts in factors.values() if "alpha" in parts]
         names = {k: formats.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         formats.refuse([k for k, name in names.items() if name is None], where)
-        saved = {name: _tensor(file, key, where, factor=False) for key, name in names.items()}
+        saved = {n: _tensor(file, key, where, factor=False) for key, n in names.items() if only(n)}
         scales = configs.Scales(config, config_path)
         base = config.get("base_model_name_or_path")
     else:
@@ -260,13 +289,16 @@ def _read(file, path: Path, config: dict | None) -> Adapter:
     if not factors:
         raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
     modules, kinds = {}, {}
-    for name, parts in factors.items():
+    for name in filter(only, factors):
+        parts = factors[name]
         modules[name] = update = _update(file, name, parts, scales, where)
         if "embedding" in parts:
             kinds[name] = Kind("embedding")
         elif update.down.ndim > 2:
             kinds[name] = Kind("conv", tuple(update.down.shape[2:]))
-    dtype = _widest(t.dtype for u in modules.values() for t in (u.up, u.down))
+    keys = [parts[role] for parts in factors.values() for role in ("up", "down") if role in parts]
+    names = {file.get_slice(key).get_dtype() for key in keys}  # of all factors, whatever `only` says
+    dtype = _widest(t for t in DTYPES if DTYPES[t] in names & set(FACTOR_DTYPES))
     base = base if isinstance(base, str) else None
     return Adapter(modules, base, format, kinds, config, saved, metadata, dtype, where)
 
@@ -304,6 +336,10 @@ def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
     tensor = file.get_tensor(key)
     if not _finite(tensor):
         raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
+    if factor and tensor.dtype == torch.float64 and float(tensor.abs().max()) > LARGEST:
+        raise AdapterError(
+            f"{where}: {key} holds {float(tensor.abs().max()):.1e}, expected below {LARGEST:.0e}"
+        )
     return tensor
 
 

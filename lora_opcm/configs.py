@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ HARMLESS = {"use_rslora", "megatron_config", "runtime_config", "loftq_config", "
             "lora_ga_config"}  # fmt: skip
 # These initialisations replace W by W − s·B₀A₀, so the saved B·A is an update of another base model.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+REPEATS = re.compile(r"[*+?{]")
+MATCH_STEPS, MATCH_SECONDS = 1e10, 10  # a second or so for one match, for all of a file
 
 
 def read_config(path: Path) -> dict:
@@ -83,7 +87,8 @@ class Scales:
 
     `rank_pattern` and `alpha_pattern` are matched as peft does (get_pattern_key): a pattern is a regular
     expression for the end of the name, the first that fits wins, and a name that none fits is looked up as it
-    is. A pattern that could take for ever (quantified groups, many wildcards) is refused, not tried.
+    is. A pattern that could take for ever (quantified groups, many wildcards on a long name) is refused, not
+    tried: with w wildcards a match of n characters costs up to n^(w+1) steps.
 
     Raises
     ------
@@ -93,6 +98,7 @@ class Scales:
 
     def __init__(self, config: Mapping, where: str):
         self.where, self.rslora = where, bool(config.get("use_rslora"))
+        self.seconds = 0.0  # spent on matching so far
         self.default = config.get("r", 8), config.get("lora_alpha", 8)
         self.patterns = [config.get(f) or {} for f in ("rank_pattern", "alpha_pattern")]
         self.expressions: list[list[tuple[re.Pattern, Any]]] = []
@@ -117,14 +123,24 @@ class Scales:
 
     def _look_up(self, which: int, name: str) -> float:
         value = self.literals[which].get(name, self.patterns[which].get(name, self.default[which]))
-        value = next((v for e, v in self.expressions[which] if e.match(name)), value)
+        for expression, value_of_it in self.expressions[which]:
+            steps = len(name) ** (len(REPEATS.findall(expression.pattern)) + 0.0)  # one of them is our own
+            start = time.perf_counter()
+            if steps > MATCH_STEPS or self.seconds > MATCH_SECONDS:
+                what = expression.pattern.removeprefix(r"(.*\.)?(").removesuffix(")$")
+                raise AdapterError(f"{self.where}: pattern {what!r:.80} is too expensive to match safely")
+            found = expression.match(name)
+            self.seconds += time.perf_counter() - start
+            if found:
+                value = value_of_it
+                break
         if type(value) not in (int, float) or not -1e30 < value < 1e30:
             what = ("rank", "alpha")[which]
             raise AdapterError(f"{self.where}: {name}: {what} is {str(value):.50}, expected a number")
         return value
 
     def _compile(self, pattern: str) -> re.Pattern:
-        groups, repeats = pattern.count("("), len(re.findall(r"[*+?{]", pattern))
+        groups, repeats = pattern.count("("), len(REPEATS.findall(pattern))
         if groups > 4 or repeats > 4 or re.search(r"\)[*+{]", pattern):
             raise AdapterError(f"{self.where}: pattern {pattern!r:.80} is too expensive to match safely")
         try:
@@ -213,6 +229,25 @@ def header_scales(metadata: Mapping[str, str], names: Iterable[str], where: str)
         return scales[component](rest, rank)
 
     return scale
+
+
+def diffusers_header(
+    sizes: Mapping[str, tuple[int, float]],
+    metadata: Mapping[str, str],
+    config: Mapping,
+    base_model: str | None,
+    where: str,
+) -> dict[str, str]:
+    """The PEFT configs of a diffusers file, packed for its header; `sizes`: component.module -> (rank, scale)."""
+    old = parse_config(metadata[DIFFUSERS_METADATA], where) if DIFFUSERS_METADATA in metadata else {}
+    packed = {}
+    for component in {_component(name)[0]: None for name in sizes}:
+        own = {_component(name)[1]: size for name, size in sizes.items() if _component(name)[0] == component}
+        # The modules of a merge may be others than the old targets say.
+        known = (dict(config) or _unpack(old, component)) | {"target_modules": None}
+        found = config_for(own, known, base_model)
+        packed |= {f"{component}.{key}" if component else key: value for key, value in found.items()}
+    return {DIFFUSERS_METADATA: json.dumps(packed, sort_keys=True)}
 
 
 def kohya_header(metadata: Mapping[str, str], ranks: Iterable[int]) -> dict[str, str]:

@@ -44,7 +44,8 @@ SUFFIXES = {
     ".lora_linear_layer.up.weight": ("diffusers", "up", False),
 }
 COMPONENTS = {"unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "diffusion_model"}
-KOHYA_CLASSES = {"UNet2DConditionModel": "lora_unet", "CLIPTextModel": "lora_te"}
+# class of the base model in a PEFT config -> prefix of kohya, component of diffusers
+CLASSES = {"UNet2DConditionModel": ("lora_unet", "unet"), "CLIPTextModel": ("lora_te", "text_encoder")}
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shared", "embed_in", "embed_out"}
 
 REFUSED_KEYS = [
@@ -143,14 +144,8 @@ def kohya_names(modules: Iterable[str], format: str, config: Mapping, where: str
     if format == "kohya":
         return {m: m for m in modules}
     if format == "peft":
-        mapping = config.get("auto_mapping")
-        base = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-        if base not in KOHYA_CLASSES:
-            raise AdapterError(
-                f"{where}: kohya has names for {' and '.join(KOHYA_CLASSES)} only, got {base!r} (from"
-                " base_model_class in auto_mapping of the config)"
-            )
-        names = {m: f"{KOHYA_CLASSES[base]}_{m.replace('.', '_')}" for m in modules}
+        prefix = _names_of_class(config, where)[0]
+        names = {m: f"{prefix}_{m.replace('.', '_')}" for m in modules}
     else:
         second = any(m.startswith("text_encoder_2.") for m in modules)
         prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if second else "lora_te",
@@ -166,6 +161,22 @@ def kohya_names(modules: Iterable[str], format: str, config: Mapping, where: str
             twins = [m for m in modules if names[m] == name]
             raise AdapterError(f"{where}: {' and '.join(twins)} would both be {name} in a kohya file")
     return names
+
+
+def component_of(adapter) -> str:
+    """The component of a diffusers pipeline that a PEFT adapter is for, or AdapterError."""
+    return _names_of_class(adapter.config, adapter.source)[1]
+
+
+def _names_of_class(config: Mapping, where: str) -> tuple[str, str]:
+    mapping = config.get("auto_mapping")
+    base = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    if not isinstance(base, str) or base not in CLASSES:
+        raise AdapterError(
+            f"{where}: kohya and diffusers have names for {' and '.join(CLASSES)} only, got {base!r:.80} (from"
+            " base_model_class in auto_mapping of the config)"
+        )
+    return CLASSES[base]
 
 
 def _more(found: list) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .parallel import full_precision
+
 # Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
 # a direction that small is noise, and treating it as a direction is the null-space trap of design.
 RTOL = {torch.float64: 1e-12}
@@ -169,9 +171,9 @@ class Basis:
         return self.transform is not None
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        """Q @ x for x (p, k)."""
-        x = x if self.transform is None else self.transform @ x
-        return self.columns @ x.to(self.columns.dtype)
+        """Q @ x for x (p, k), multiplied where `columns` lies and returned where `x` does."""
+        coefficients = x if self.transform is None else self.transform @ x
+        return (self.columns @ coefficients.to(self.columns)).to(x.device)
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor]) -> "Basis":
@@ -181,12 +183,12 @@ class Basis:
         dependent (identical adapters, R > n, zero factors) squaring the condition number would cost
         accuracy, and a rank-revealing QR in float64 takes its place.
         """
-        rows = blocks[0].mT.is_contiguous()  # keep the layout the blocks came in: no strided copies
-        stack = torch.cat([b.mT for b in blocks], 0).mT if rows else torch.cat(list(blocks), 1)
-        # Products of half precision numbers are exact in float32, all others go to float64.
-        wide = stack.float() if stack.dtype in (torch.float16, torch.bfloat16) else stack.double()
-        stack = stack.to(working_dtype(stack.dtype)) if wide.dtype == torch.float64 else wide
-        gram = gram_matrix(wide)
+        stack = side_by_side(blocks)
+        return cls.from_gram(stack.to(working_dtype(stack.dtype)), gram_matrix(stack))
+
+    @classmethod
+    def from_gram(cls, stack: Tensor, gram: Tensor) -> "Basis":
+        """The basis of the columns of `stack` (n, R), on any device, from their Gram matrix on the CPU."""
         norms = gram.diagonal().sqrt()
         if stack.shape[1] <= stack.shape[0] and bool((norms > 0).all()):
             chol, failed = torch.linalg.cholesky_ex(gram / (norms[:, None] * norms))
@@ -196,7 +198,7 @@ class Basis:
                 # ‖L⁻¹‖ is the condition number and bounds how float32 rounding grows in `columns @ transform`.
                 if inverse.square().sum() <= 64 * len(norms):
                     return cls(stack, inverse.mT / norms[:, None], chol.mT * norms)
-        wide = stack.double()
+        wide = stack.cpu().double()
         unit = wide / norms.clamp_min(torch.finfo(torch.float64).tiny)
         q, r = torch.linalg.qr(unit)
         u, s, _ = torch.linalg.svd(r, full_matrices=False)
@@ -263,15 +265,33 @@ def reduce(updates: Sequence[LowRank]) -> Core:
     shapes = {u.shape for u in updates}
     if len(shapes) != 1:
         raise ValueError(f"expected updates of one shape, got {sorted(shapes) or 'none'}")
+    return _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
+
+
+@full_precision()
+def reduce_batch(modules: Sequence[Sequence[LowRank]], device: str | torch.device) -> list[Core]:
+    """`reduce` of several modules whose updates have the same shapes, ranks and dtypes.
+
+    Their factors are stacked on `device`, where one batched product a side gives all Gram matrices and the
+    cores are lifted later; everything of size R is float64 on the CPU.
+    """
+    bases = []
+    for blocks in ([[u.left for u in us] for us in modules], [[u.right.mT for u in us] for us in modules]):
+        stack = torch.stack([side_by_side(b).mT for b in blocks]).mT
+        there = stack.to(device)
+        # MPS has no float64: what needs it is multiplied before it goes there.
+        gram = gram_matrix(stack if there.device.type == "mps" and not _half(stack) else there)
+        bases.append(map(Basis.from_gram, there.to(working_dtype(stack.dtype)), gram))
+    return [_core(updates, left, right) for updates, left, right in zip(modules, *bases)]
+
+
+def _core(updates: Sequence[LowRank], left: Basis, right: Basis) -> Core:
     dtype = updates[0].dtype
     for u in updates[1:]:
         dtype = torch.promote_types(dtype, u.dtype)
-    dtype = working_dtype(dtype)
-    left = Basis.of([u.left for u in updates])
-    right = Basis.of([u.right.mT for u in updates])
     ranks = [u.rank for u in updates]
     pairs = zip(left.coords.split(ranks, dim=1), right.coords.split(ranks, dim=1))
-    return Core(left, right, [LowRank(b, a.mT) for b, a in pairs], dtype)
+    return Core(left, right, [LowRank(b, a.mT) for b, a in pairs], working_dtype(dtype))
 
 
 # -- small helpers -------------------------------------------------------------------------------------------
@@ -282,13 +302,28 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def side_by_side(blocks: Sequence[Tensor]) -> Tensor:
+    """[X₁ … X_T], each (n, r_t), in the layout the blocks came in: no strided copies."""
+    if blocks[0].mT.is_contiguous():
+        return torch.cat([b.mT for b in blocks], 0).mT
+    return torch.cat(list(blocks), 1)
+
+
 def gram_matrix(x: Tensor, width: int = 64) -> Tensor:
-    """xᵀx (R, R) in float64 for x (n, R), multiplied in the dtype of x; only blocks on and above the diagonal."""
-    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for i in range(0, x.shape[1], width):
-        block = (x[:, i : i + width].mT @ x[:, i:]).double()
-        gram[i : i + width, i:], gram[i:, i : i + width] = block, block.mT
+    """xᵀx in float64 on the CPU, shape=[..., R, R] for x [..., n, R]; only blocks on and above the diagonal.
+
+    Multiplied where x lies: half precision in float32, where its products are exact, all else in float64.
+    """
+    x = x.float() if _half(x) else x.double()
+    gram = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64)
+    for i in range(0, x.shape[-1], width):
+        block = (x[..., i : i + width].mT @ x[..., i:]).to("cpu").double()
+        gram[..., i : i + width, i:], gram[..., i:, i : i + width] = block, block.mT
     return gram
+
+
+def _half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,32 +3,28 @@
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import rules
-from .adapters import Adapter, combine
-from .lowrank import LowRank, add, reduce, working_dtype
-from .opcm import FactorMerger
-from .parallel import parallel_map
+from .adapters import Adapter, _finite, combine
+from .lowrank import Core, LowRank, reduce, reduce_batch, working_dtype
+from .opcm import FactorMerger, stream
+from .parallel import Progress, parallel_map
 
-SPACES = {
-    "sum": "factors side by side",
-    "core": "core space",
-    "dense": "dense ΔW",
-    "adapter": "whole adapters",
-}
+SPACES = {"core": "core space", "factors": "factors", "dense": "dense ΔW"}
+BATCH = 2**28  # numbers that are stacked on a device at once
 
 
 @dataclass(frozen=True)
 class Method:
     """A merge rule and what is true of it.
 
-    `space` says on what `run` works: the updates of one module ("sum"), their `Core` ("core"), their dense
-    float64 matrices ("dense"), or a list of adapters ("adapter").
+    `space` says what of one module `run` is given: the `Core` of its updates ("core"), the updates ("factors"), or
+    their dense float64 matrices ("dense").
     """
 
     name: str
@@ -46,6 +42,45 @@ class Method:
         return {p.name: p.default for p in list(inspect.signature(self.run).parameters.values())[1:]}
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some modules of a merge before its last step, the one factor OPCM gives to the whole adapter.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        Merged updates in the working dtype, not scaled yet.
+    dropped : dict of str to float
+        Per module, the share of the squared norm that truncation cut off.
+    sizes : dict of str to list of list of float
+        What the factor is made of, per module: for every group (OPCM has one) the squared norm of its sum, then those of its
+        parts. Empty where nothing is scaled at the end.
+    """
+
+    adapter: Adapter
+    dropped: dict[str, float]
+    sizes: dict[str, list[list[float]]]
+
+    def finish(self) -> Adapter:
+        """With the factor mean norm of the parts / norm of their sum, in the dtype of the inputs.
+
+        Sums over modules are exactly rounded: they do not depend on how modules are shared out.
+        """
+        root = 1.0
+        for group in zip(*self.sizes.values()):
+            size, *parts = (math.sqrt(math.fsum(column)) for column in zip(*group))
+            root *= math.sqrt(sum(parts) / len(parts) / size) if size else 1.0
+        dtype = self.adapter.dtype
+        modules = {}
+        for name, u in self.adapter.modules.items():
+            modules[name] = u = LowRank(u.left * root, u.right * root).to(dtype)
+            if not (_finite(u.left) and _finite(u.right)):
+                raise ValueError(
+                    f"{self.adapter.source}: {name}: the merge is not finite in {dtype}, expected smaller updates"
+                )
+        return self.adapter.with_modules(modules)
+
+
 def merge(
     adapters: Sequence[Adapter],
     method: str = "opcm",
@@ -54,6 +89,8 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     dropped: dict[str, float] | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Adapter:
     """One adapter out of several.
@@ -70,6 +107,12 @@ def merge(
         Truncate the result to a rank, or to a share of its squared norm. None keeps it exact.
     dropped : dict, optional
         Is given, per module, the share of the squared norm that truncation cut off.
+    device : optional
+        "cuda", "mps", …: where large matrices are multiplied, modules of equal shape and ranks in one batch; what
+        has only the size of the summed rank stays float64 on the CPU. None works there module by module.
+    progress : callable, optional
+        Wrapped around the modules (on a device, the batches) as they are done, called with an iterable and
+        `total`: `tqdm.tqdm` will do.
     **options
         Of the method; `scale` multiplies the merged update. "norm", OPCM's default, gives the whole merged
         adapter the mean norm of its parts.
@@ -77,7 +120,7 @@ def merge(
     Returns
     -------
     Adapter
-        In the balanced gauge and the widest dtype of the inputs; computed in float64 cores.
+        On the CPU, in the balanced gauge and the widest dtype of the inputs; computed in float64 cores.
 
     Raises
     ------
@@ -85,6 +128,23 @@ def merge(
         For an unknown method or option, no adapters, a wrong number of weights, NaN or Inf among them, or
         shapes that differ. `AdapterError`, a ValueError, where base models or full tensors disagree.
     """
+    part = merge_part(adapters, method, weights, rank, energy, device, progress, **options)
+    if dropped is not None:
+        dropped |= part.dropped
+    return part.finish()
+
+
+def merge_part(
+    adapters: Sequence[Adapter],
+    method: str,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    **options,
+) -> Part:
+    """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
     if method not in REGISTRY:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(sorted(REGISTRY))}")
     entry = REGISTRY[method]
@@ -98,45 +158,61 @@ def merge(
     adapters, weights = list(adapters), _weights(adapters, weights)
     shapes = _shapes(adapters)
     merged = combine(adapters, adapters[0].modules)
-    global_scale = options.get("scale", entry.options.get("scale")) == "norm"
-    if global_scale:
+    by_norm = options.get("scale", entry.options.get("scale")) == "norm"
+    if by_norm:
         options = options | {"scale": 1.0}
 
-    def one(name: str) -> tuple[LowRank, float, float, Tensor]:
-        """The merged update of a module, the share cut off, its squared norm before that, those of its parts."""
-        updates = [_update(a, name, shapes[name], w) for a, w in zip(adapters, weights)]
+    def one(item: tuple[str, list[LowRank], Core | None]) -> tuple[LowRank, float, list[list[float]]]:
+        """The merged update of a module, the share cut off, and its `Part.sizes`."""
+        name, updates, core = item
         local = options | ({"seed": _seed(options, name)} if "seed" in entry.options else {})
+        local |= {"grams": [g.get(name) for g in options["grams"]]} if "grams" in options else {}
+        sizes = []
         if entry.space == "core":
-            core = reduce(updates)  # knows what to do with half precision
+            core = core or reduce(updates)  # knows what to do with half precision
             found = entry.run(core, **local)
             if isinstance(found, Tensor):
-                parts = torch.tensor([f.norm() ** 2 for f in core.factors], dtype=torch.float64)
-                return *core.lift(found, rank, energy), float(found.square().sum()), parts
+                if by_norm:
+                    sizes = [[float(found.square().sum()), *(f.norm() ** 2 for f in core.factors)]]
+                return *core.lift(found, rank, energy), sizes
             update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
         elif entry.space == "dense":
-            deltas = [u.left.double() @ u.right.double() for u in updates]
-            update = rules.dense(entry.run(deltas, **local))
+            update = rules.dense(entry.run([u.left.double() @ u.right.double() for u in updates], **local))
         else:
-            update = entry.run([wide(u) for u in updates], **local)
-        return *update.truncate(rank, energy), 0.0, torch.zeros(len(adapters))
+            update, sizes = entry.run([wide(u) for u in updates], **local)
+        update, share = update.truncate(rank, energy)
+        return update.to("cpu"), share, sizes
 
-    if entry.space == "adapter":
-        whole = [
-            a.with_modules({n: wide(_update(a, n, shapes[n], w)) for n in a.modules})
-            for a, w in zip(adapters, weights)
-        ]
-        found = {n: u.truncate(rank, energy) for n, u in entry.run(whole, **options).items()}
-    else:
-        found = dict(zip(shapes, parallel_map(one, shapes)))
-    modules = {name: result[0] for name, result in found.items()}
-    if dropped is not None:
-        dropped |= {name: result[1] for name, result in found.items()}
-    if global_scale:  # one factor for the whole adapter: mean norm of the parts over norm of the merge
-        size = sum(result[2] for result in found.values()) ** 0.5
-        mean_norm = float(sum(result[3] for result in found.values()).sqrt().mean())
-        root = (mean_norm / size if size else 1.0) ** 0.5
-        modules = {name: LowRank(u.left * root, u.right * root) for name, u in modules.items()}
-    return merged.with_modules({name: u.to(merged.dtype) for name, u in modules.items()})
+    found, modules = {}, {name: _updates(adapters, name, weights) for name in shapes}
+    batches, each = [list(shapes)], progress
+    if device is not None:
+        batches, each = list(_batches(modules)), None
+        batches = progress(batches, total=len(batches)) if progress else batches
+    for names in batches:
+        parts = [modules[name] for name in names]
+        cores = [None] * len(parts)
+        if device is not None and entry.space == "core":
+            cores = reduce_batch(parts, device)
+        elif device is not None and torch.device(device).type != "mps":  # which has no float64
+            parts = [[u.to(device) for u in updates] for updates in parts]
+        found |= dict(zip(names, parallel_map(one, zip(names, parts, cores), each)))
+    found = {name: found[name] for name in shapes}
+    return Part(
+        merged.with_modules({name: update for name, (update, _, _) in found.items()}),
+        {name: share for name, (_, share, _) in found.items()},
+        {name: sizes for name, (_, _, sizes) in found.items() if sizes},
+    )
+
+
+def _batches(modules: dict[str, list[LowRank]]) -> Iterator[Sequence[str]]:
+    """Names of modules whose updates have equal shapes, ranks and dtypes, `BATCH` numbers at a time."""
+    groups: dict[tuple, list[str]] = {}
+    for name, updates in modules.items():
+        groups.setdefault(tuple((u.shape, u.rank, u.dtype) for u in updates), []).append(name)
+    for key, names in groups.items():
+        numbers = sum(sum(shape) * rank for shape, rank, _ in key)
+        step = max(1, BATCH // max(1, numbers))
+        yield from (names[i : i + step] for i in range(0, len(names), step))
 
 
 def methods():
@@ -182,14 +258,12 @@ def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _update(adapter: Adapter, name: str, shape: tuple[int, int], weight: float) -> LowRank:
-    """The weighted update of a module. Half precision stays as it came where the weight is 1."""
-    if name not in adapter.modules:
-        like = next(iter(adapter.modules.values())).left
-        update = LowRank(like.new_zeros(shape[0], 1), like.new_zeros(1, shape[1]))
-    else:
-        update = adapter.modules[name]
-    return update if weight == 1 else wide(update) * weight
+def _updates(adapters: Sequence[Adapter], name: str, weights: Sequence[float]) -> list[LowRank]:
+    """The weighted updates of a module, zero for who lacks it. Half precision stays as it came at weight 1."""
+    like = next(a.modules[name] for a in adapters if name in a.modules)
+    zero = LowRank(torch.zeros_like(like.left), torch.zeros_like(like.right))
+    found = [a.modules.get(name, zero) for a in adapters]
+    return [u if w == 1 else wide(u) * w for u, w in zip(found, weights)]
 
 
 def wide(update: LowRank) -> LowRank:
@@ -202,62 +276,42 @@ def _seed(options: dict, name: str) -> int:
     return zlib.crc32(f"{options.get('seed', 0)} {name}".encode())
 
 
-# -- methods that are not a rule of one core ----------------------------------------------------------------
+# -- methods that see the factors ----------------------------------------------------------------------------
 
 
-def mean(updates: Sequence[LowRank]) -> LowRank:
-    """(1/T) Σ ΔWₜ."""
-    return add(updates, [1 / len(updates)] * len(updates))
-
-
-def task_arithmetic(updates: Sequence[LowRank], scale: float = 1.0) -> LowRank:
-    """scale · Σ ΔWₜ."""
-    return add(updates, [scale] * len(updates))
-
-
-def cat(updates: Sequence[LowRank]) -> LowRank:
-    """Σ ΔWₜ, exact."""
-    return add(updates)
-
-
-def svd(updates: Sequence[LowRank], scale: float = 1.0) -> LowRank:
-    """scale · Σ ΔWₜ, cut to the largest rank among the adapters."""
-    return add(updates, [scale] * len(updates)).truncate(rank=max(u.rank for u in updates))[0]
-
-
-def lora_opcm(adapters: Sequence[Adapter], alpha: float = 0.5, gauge: str = "given") -> dict[str, LowRank]:
+def lora_opcm(
+    updates: Sequence[LowRank], alpha: float = 0.5, gauge: str = "given"
+) -> tuple[LowRank, list[list[float]]]:
     """OPCM on the two factors apart, as the drafts propose; see `opcm.FactorMerger`."""
-    merger = FactorMerger(alpha=alpha, gauge=gauge)
-    for adapter in adapters:
-        merger.add(adapter)
-    return merger.updates()
+    sides = FactorMerger.sides(updates, gauge)
+    cores = [reduce(side) for side in sides]
+    totals = [stream(core, alpha, "paper") for core in cores]
+    left, right = (core.lift(total)[0].delta() for core, total in zip(cores, totals))
+    sizes = [[float(x.square().sum()), *(f.norm() ** 2 for f in c.factors)] for x, c in zip(totals, cores)]
+    return LowRank(left, right), sizes
 
 
-def regmean(adapters: Sequence[Adapter], grams: Sequence[dict[str, Tensor]] = ()) -> dict[str, LowRank]:
-    """(Σ ΔWₜGₜ)(Σ Gₜ)⁻¹ with Gₜ = XᵀX (n, n) of the layer's inputs on task t: least squares on the outputs."""
-    if len(grams) != len(adapters):
-        raise ValueError(f"regmean needs grams, one dict module → XᵀX per adapter: got {len(grams)}")
-    merged = {}
-    for name, (_, n) in _shapes(adapters).items():
-        found = [g.get(name) for g in grams]
-        if any(g is None or g.shape != (n, n) for g in found):
-            got = [None if g is None else tuple(g.shape) for g in found]
-            raise ValueError(f"{name}: expected a Gram matrix {(n, n)} per adapter, got {got}")
-        total = sum(g.double() for g in found)
-        total += 1e-9 * total.diagonal().mean() * torch.eye(n, dtype=total.dtype)  # rank-deficient inputs
-        updates = [a.modules.get(name) for a in adapters]
-        present = [(u, g) for u, g in zip(updates, found) if u is not None]
-        right = [torch.linalg.solve(total, g.double() @ u.right.double().mT).mT for u, g in present]
-        left = torch.cat([u.left.double() for u, _ in present], 1)
-        merged[name] = LowRank(left, torch.cat(right, 0))
-    return merged
+def regmean(updates: Sequence[LowRank], grams: Sequence[Tensor] = ()) -> tuple[LowRank, list]:
+    """(Σ ΔWₜGₜ)(Σ Gₜ)⁻¹ with Gₜ = XᵀX (n, n) of the layer's inputs on task t: least squares on the outputs.
+
+    `merge` takes `grams` as one dict module → XᵀX per adapter.
+    """
+    n = updates[0].shape[1]
+    if len(grams) != len(updates) or any(g is None or g.shape != (n, n) for g in grams):
+        got = [None if g is None else tuple(g.shape) for g in grams]
+        raise ValueError(f"regmean needs grams: expected a Gram matrix {(n, n)} per adapter, got {got}")
+    grams = [g.to(updates[0].left.device, torch.float64) for g in grams]
+    total = sum(grams)
+    total += 1e-9 * total.diagonal().mean() * torch.eye(n).to(total)  # rank-deficient inputs
+    right = [torch.linalg.solve(total, g @ u.right.double().mT).mT for u, g in zip(updates, grams)]
+    return LowRank(torch.cat([u.left.double() for u in updates], 1), torch.cat(right, 0)), []
 
 
 _ENTRIES = [
-    Method("mean", mean, "sum", "Wortsman et al., arXiv 2203.05482", continual=True),
-    Method("task_arithmetic", task_arithmetic, "sum", "Ilharco et al., arXiv 2212.04089", continual=True),
-    Method("cat", cat, "sum", "exact sum; peft's cat", continual=True),
-    Method("svd", svd, "sum", "Eckart and Young 1936; peft's svd"),
+    Method("mean", rules.mean, "core", "Wortsman et al., arXiv 2203.05482", continual=True),
+    Method("task_arithmetic", rules.task_arithmetic, "core", "Ilharco et al., arXiv 2212.04089", continual=True),
+    Method("cat", rules.cat, "core", "exact sum; peft's cat", continual=True),
+    Method("svd", rules.svd, "core", "Eckart and Young 1936; peft's svd"),
     Method("ties", rules.ties, "dense", "Yadav et al., arXiv 2306.01708"),
     Method("dare", rules.dare, "dense", "Yu et al., arXiv 2311.03099", ordered=True),
     Method("dare_ties", rules.dare_ties, "dense", "Yu et al., arXiv 2311.03099", ordered=True),
@@ -268,14 +322,14 @@ _ENTRIES = [
     Method("iso_cts", rules.iso_cts, "core", "Marczak et al., arXiv 2502.04959"),
     Method("core_ties", rules.core_ties, "core", "Core Space, arXiv 2509.17786"),
     Method("core_dare_ties", rules.core_dare_ties, "core", "Core Space, arXiv 2509.17786", ordered=True),
-    Method("regmean", regmean, "adapter", "Jin et al., arXiv 2212.09849", data=True),
+    Method("regmean", regmean, "factors", "Jin et al., arXiv 2212.09849", data=True),
     Method("ctm", rules.ctm, "core", "Compress then Merge, arXiv 2606.03723"),
     Method("chordal_mean", rules.chordal_mean, "core", "design of this book"),
     Method("karcher_mean", rules.karcher_mean, "core", "design of this book"),
     Method("quotient_mean", rules.quotient_mean, "core", "after GeoMerge, arXiv 2604.27155"),
     Method("opcm", rules.opcm, "core", "Tang et al., arXiv 2501.09522", continual=True, ordered=True),
     Method(
-        "lora_opcm", lora_opcm, "adapter", "the drafts of this book",
+        "lora_opcm", lora_opcm, "factors", "the drafts of this book",
         continual=True, ordered=True, gauge_invariant=False,
     ),
     Method("whitened_sum", rules.whitened_sum, "core", "this book; TSV at power 0", continual=True),

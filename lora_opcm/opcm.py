@@ -7,24 +7,21 @@ The projection does not see the scale of the merged update M, so λ never compou
 sum S = Σ P_t(Δ_t), and M is S times one final scale.
 """
 
-import json
 import os
-import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapters import Adapter, AdapterError, Kind, combine
+from .adapters import Adapter, combine
 from .lowrank import Core, LowRank, nonzero_svd, reduce, working_dtype
-from .parallel import parallel_map
+from .parallel import Progress, parallel_map
+from .state import factors, load_state, save_state
 
 VARIANTS = ("paper", "fusionbench")
-STATE_KEY = "lora_opcm_state"
 
 
 def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
@@ -132,8 +129,13 @@ class ContinualMerger:
         self.state = MergedState()
         self._like: Adapter | None = None  # metadata of the first adapter, for the export
 
-    def add(self, adapter: Adapter, name: str | None = None) -> "ContinualMerger":
-        """Take in one adapter. A module it lacks counts as zero; a module's first update is taken whole."""
+    def add(
+        self, adapter: Adapter, name: str | None = None, progress: Progress | None = None
+    ) -> "ContinualMerger":
+        """Take in one adapter. A module it lacks counts as zero; a module's first update is taken whole.
+
+        `progress` is wrapped around the modules as they are done, as in `merge`.
+        """
         state = self.state
         for module, update in adapter.modules.items():
             known = state.updates.get(module)
@@ -142,7 +144,7 @@ class ContinualMerger:
                     f"{adapter.source}: {module} has shape {update.shape}, in the merged state {known.shape}"
                 )
         like = combine([self._like, adapter], self._like.modules) if self._like else adapter
-        taken = dict(zip(adapter.modules, parallel_map(self._take, adapter.modules.items())))
+        taken = dict(zip(adapter.modules, parallel_map(self._take, adapter.modules.items(), progress)))
         state.updates |= {module: update for module, (update, _, _) in taken.items()}
         kept, dropped = (sum(t[i] for t in taken.values()) for i in (1, 2))
         norm = adapter.norm()
@@ -189,41 +191,17 @@ class ContinualMerger:
         return like.with_modules(dict(zip(updates, cut_off)))
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the state to one .safetensors file: thin factors as tensors, all else as JSON in its header.
-
-        Written under a temporary name in the same folder and renamed, so a file that was there stays whole
-        until the new one is.
-        """
-        if self._like is None:
-            raise ValueError("nothing was added yet: there is no state to save")
-        tensors = {f"saved/{name}": t.contiguous() for name, t in self._like.saved.items()}
+        """Write the state to one .safetensors file; what was there stays whole until the new one is."""
+        tensors = {}
         for name, u in self.state.updates.items():
-            tensors |= {f"left/{name}": u.left.contiguous(), f"right/{name}": u.right.contiguous()}
-        like = self._like
+            tensors |= {f"left/{name}": u.left, f"right/{name}": u.right}
         header = {
             "merger": {"alpha": self.alpha, "variant": self.variant, "scale": self.scale, "rank": self.rank},
             "state": {"norms": self.state.norms, "names": self.state.names, "history": self.state.history},
             "modules": list(self.state.updates),
-            "adapter": {
-                "base_model": like.base_model,
-                "format": like.format,
-                "kinds": {name: asdict(kind) for name, kind in like.kinds.items()},
-                "config": like.config,
-                "metadata": like.metadata,
-                "dtype": str(like.dtype).removeprefix("torch."),
-                "source": like.source,
-            },
         }
-        path = Path(path)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, scratch, metadata={STATE_KEY: json.dumps(header)})
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-        return path
+        like = self._like and self._like.with_modules(self.state.updates)
+        return save_state(path, "opcm", like, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ContinualMerger":
@@ -232,25 +210,20 @@ class ContinualMerger:
         Raises
         ------
         AdapterError
-            If the file is not a state, or is damaged.
+            If the file is not a state of this kind, or is damaged.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[STATE_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise AdapterError(f"{path}: expected a state written by ContinualMerger.save: {error}") from None
-        merger = cls(**header["merger"])
-        merger.state = MergedState(
-            {n: LowRank(tensors[f"left/{n}"], tensors[f"right/{n}"]) for n in header["modules"]},
-            **header["state"],
-        )
-        like = header["adapter"]
-        like["kinds"] = {n: Kind(k["name"], tuple(k["kernel"])) for n, k in like["kinds"].items()}
-        like["dtype"] = getattr(torch, like["dtype"])
-        saved = {n.removeprefix("saved/"): t for n, t in tensors.items() if n.startswith("saved/")}
-        merger._like = Adapter(merger.state.updates, saved=saved, **like)
-        return merger
+
+        def build(header: dict, tensors: dict[str, Tensor], like: Adapter) -> "ContinualMerger":
+            merger, kept = cls(**header["merger"]), header["state"]
+            updates = {name: factors(tensors, name) for name in header["modules"]}
+            if not updates or not len(kept["names"]) == len(kept["norms"]) > 0:
+                raise ValueError("expected modules, and a name and a norm for every adapter")
+            kept["norms"] = [float(x) for x in kept["norms"]]
+            merger.state = MergedState(updates, **kept)
+            merger._like = replace(like, modules=updates)
+            return merger
+
+        return load_state(path, "opcm", build)
 
 
 class FactorMerger:
@@ -262,8 +235,7 @@ class FactorMerger:
     """
 
     def __init__(self, alpha: float = 0.5, gauge: str = "given", scale: str | float = "norm"):
-        if gauge not in ("given", "balanced"):
-            raise ValueError(f"gauge must be 'given' or 'balanced', got {gauge!r}")
+        self.sides([], gauge)  # refuses a gauge it does not know
         self.gauge = gauge
         self.left, self.right = (ContinualMerger(alpha=alpha, scale=scale) for _ in range(2))
 
@@ -277,12 +249,29 @@ class FactorMerger:
                     f"{adapter.source}: {name} has rank {u.rank}, an earlier adapter {known.shape[1]};"
                     " merging factors needs equal ranks"
                 )
-            u = u.balanced() if self.gauge == "balanced" else u
-            eye = torch.eye(u.rank, dtype=u.dtype, device=u.left.device)
-            lefts[name], rights[name] = LowRank(u.left, eye), LowRank(eye, u.right)
+            (lefts[name],), (rights[name],) = self.sides([u], self.gauge)
         self.left.add(adapter.with_modules(lefts))
         self.right.add(adapter.with_modules(rights))
         return self
+
+    @staticmethod
+    def sides(updates: Sequence[LowRank], gauge: str) -> tuple[list[LowRank], list[LowRank]]:
+        """The factors B (m, r) and A (r, n) of updates of one module as updates of their own, B·I and I·A."""
+        if gauge not in ("given", "balanced"):
+            raise ValueError(f"gauge must be 'given' or 'balanced', got {gauge!r}")
+        ranks = {u.rank for u in updates}
+        if len(ranks) > 1:
+            raise ValueError(f"merging factors needs equal ranks, got {sorted(ranks)}")
+        if gauge == "balanced":
+            r = max(ranks, default=0)
+            updates = [u.balanced() for u in updates]
+            updates = [
+                LowRank(F.pad(u.left, (0, r - u.rank)), F.pad(u.right, (0, 0, 0, r - u.rank)))
+                for u in updates
+            ]
+        eyes = [torch.eye(u.rank, dtype=u.dtype, device=u.left.device) for u in updates]
+        left = [LowRank(u.left, eye) for u, eye in zip(updates, eyes)]
+        return left, [LowRank(eye, u.right) for u, eye in zip(updates, eyes)]
 
     def updates(self) -> dict[str, LowRank]:
         """The product of the merged factors, per module."""

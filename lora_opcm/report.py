@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from . import figures
-from .recipe import write_text
+from .writing import write_text
 
 Tables = Mapping[tuple[int, int], pd.DataFrame]  # (i, j) with i < j -> `similarity` of adapters i and j
 
@@ -19,7 +19,7 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem a
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figcaption,.note{color:#555;font-size:.9rem}li{margin:.4rem 0}"""
 
 
-def write_report(path: Path, names: Sequence[str], tables: Tables, k: int) -> Path:
+def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: int) -> Path:
     """Write the report of all pairs of adapters `names`, whole or not at all."""
     parts = [
         (
@@ -43,7 +43,7 @@ def write_report(path: Path, names: Sequence[str], tables: Tables, k: int) -> Pa
     listed = "".join(f"<li>{html.escape(line)}</li>" for line in advice(names, tables))
     text = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Overlap of {len(names)} LoRA adapters</title>'
-        f"<style>{STYLE}</style><main><h1>Overlap of {html.escape(', '.join(names))}</h1><p class=note>{k} leading directions of each update; outputs are the left, inputs the right singular vectors.</p>"
+        f"<style>{STYLE}</style><main><h1>Overlap of {html.escape(', '.join(names))}</h1><p class=note>{k} leading directions of the first and {l} of the second update of a pair; outputs are the left, inputs the right singular vectors.</p>"
         f"<h2>In words</h2><ul>{listed}</ul>{body}</main></html>"
     )  # fmt: skip
     write_text(path, text)

@@ -41,6 +41,31 @@ def elect(parts: Sequence[Tensor]) -> Tensor:
     return (stack * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
+# -- sums ----------------------------------------------------------------------------------------------------
+
+
+def cat(core: Core) -> Tensor:
+    """Σ Cₜ, exact."""
+    return sum(core.cores)
+
+
+def mean(core: Core) -> Tensor:
+    """(1/T) Σ Cₜ."""
+    return sum(core.cores) / len(core.factors)
+
+
+def task_arithmetic(core: Core, scale: float = 1.0) -> Tensor:
+    """scale · Σ Cₜ."""
+    return scale * sum(core.cores)
+
+
+def svd(core: Core, scale: float = 1.0) -> Tensor:
+    """scale · Σ Cₜ, cut to the largest rank among the adapters."""
+    u, s, vh = nonzero_svd(scale * sum(core.cores), core.dtype)
+    k = max(f.rank for f in core.factors)
+    return (u[:, :k] * s[:k]) @ vh[:k]
+
+
 # -- spectra and frames --------------------------------------------------------------------------------------
 
 

@@ -7,16 +7,18 @@ import torch
 from .adapters import Adapter
 from .grassmann import phi, phi_null, phi_pvalue, principal_angles
 from .lowrank import LowRank
-from .parallel import parallel_map
+from .parallel import Progress, parallel_map
 
 
-def similarity(a: Adapter, b: Adapter, k: int = 8, l: int = 8):
+def similarity(a: Adapter, b: Adapter, k: int = 8, l: int = 8, progress: Progress | None = None):
     """One row for each module that both adapters change.
 
     Parameters
     ----------
     k, l : int
         Leading directions of `a` and of `b`; cut to the rank where a module has fewer.
+    progress : callable, optional
+        Wrapped around the modules as they are done, as in `merge`.
 
     Returns
     -------
@@ -36,7 +38,7 @@ def similarity(a: Adapter, b: Adapter, k: int = 8, l: int = 8):
     names = [name for name in a.modules if name in b.modules]
     if not names:
         raise ValueError(f"{a.source} and {b.source} share no module")
-    rows = parallel_map(lambda name: _row(name, a.modules[name], b.modules[name], k, l), names)
+    rows = parallel_map(lambda name: _row(name, a.modules[name], b.modules[name], k, l), names, progress)
     return pd.DataFrame(rows).set_index("module")
 
 

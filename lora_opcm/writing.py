@@ -1,10 +1,12 @@
-"""Writing adapters: PEFT folders and kohya files, whole or not at all."""
+"""Writing adapters: PEFT folders, kohya and diffusers files, whole or not at all."""
 
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,11 +34,11 @@ def save_adapter(
     Parameters
     ----------
     path : path
-        A folder for "peft", a .safetensors file for "kohya".
-    format : {"peft", "kohya"}, optional
-        The adapter's own unless given. PEFT and diffusers names can become kohya names
-        (`formats.kohya_names`). No other change of format is defined without the base model, and diffusers
-        files are read but not written.
+        A folder for "peft", a .safetensors file for "kohya" and "diffusers".
+    format : {"peft", "kohya", "diffusers"}, optional
+        The adapter's own unless given. PEFT and diffusers names can become kohya names, and PEFT names those
+        of diffusers, for UNets and CLIP text encoders (`formats.kohya_names`); no other change of format is
+        defined without the base model, see `renamed`. The scales of a diffusers file stand in its header.
     overwrite : bool
         Whether an adapter that is there may be replaced.
     dtype : torch.dtype, optional
@@ -57,26 +59,50 @@ def save_adapter(
         raise AdapterError(f"{path}: an empty adapter: no module to write")
     if format == "peft" == adapter.format:
         return _save_folder(adapter, path, overwrite, dtype)
-    if format != "kohya":
+    if format not in ("kohya", "diffusers") or (format == "diffusers" and adapter.format == "kohya"):
         raise AdapterError(
-            f"{path}: {adapter.source} has {adapter.format} names, expected to write them as they are (PEFT,"
-            f" kohya) or as kohya names, got format {format!r}"
+            f"{path}: {adapter.source} has {adapter.format} names, which do not say those of {format!r}; expected the"
+            " same format, PEFT or diffusers names for kohya, PEFT names for diffusers, or kohya names that an"
+            " adapter of the same model translates (`renamed`, `lora-opcm convert --like`)"
         )
     if path.suffix != ".safetensors":
-        raise AdapterError(f"{path}: a kohya adapter is one file, expected a name ending in .safetensors")
+        raise AdapterError(f"{path}: a {format} adapter is one file, expected a name ending in .safetensors")
     if path.is_dir() or (path.exists() and not overwrite):
         raise AdapterError(f"{path}: exists already, and overwriting is not asked for (overwrite=True)")
-    if adapter.saved:
-        raise AdapterError(f"{path}: {next(iter(adapter.saved))} is a full tensor, which kohya cannot hold")
-    contents = _kohya_contents(adapter, dtype)
+    odd = [n for n, kind in adapter.kinds.items() if kind.name == "embedding"] + list(adapter.saved)
+    if odd:
+        raise AdapterError(
+            f"{adapter.source}: {odd[0]} is an embedding or a full tensor, which {format} cannot hold"
+        )
+    contents = (_kohya_contents if format == "kohya" else _diffusers_contents)(adapter, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        write_safetensors(temporary, *contents)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        write_safetensors(temporary, *contents, str(path))
     return path
+
+
+def renamed(adapter: Adapter, like: Adapter) -> Adapter:
+    """An adapter of kohya names under the names, the format and the configuration of another of the same model.
+
+    Underscores cannot be turned into dots without knowing the names: `like` knows them.
+
+    Raises
+    ------
+    AdapterError
+        If `like` lacks a module, or has names that kohya does not know.
+    """
+    names = formats.kohya_names(like.modules, like.format, like.config, like.source)
+    dotted = {short: name for name, short in names.items()}
+    missing = [name for name in adapter.modules if name not in dotted]
+    if missing:
+        raise AdapterError(
+            f"{adapter.source}: {missing[0]}{formats._more(missing)}: {like.source} has no such module, expected an"
+            " adapter of the same model on all of these modules"
+        )
+    modules = {dotted[name]: update for name, update in adapter.modules.items()}
+    kinds = {dotted[name]: kind for name, kind in adapter.kinds.items()}
+    new = like.with_modules(modules)
+    return replace(new, kinds=kinds, dtype=adapter.dtype, saved={}, source=adapter.source)
 
 
 def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.dtype | None) -> Path:
@@ -94,11 +120,11 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
     # A new folder appears by one rename. In one that is there, each file does, the config last; between the
     # two, a reader that finds factors of one save and ranks of another refuses them.
     fresh = not folder.exists()
-    target = _beside(folder) if fresh else folder
+    target = beside(folder) if fresh else folder
     target.mkdir(exist_ok=not fresh)
-    files = {WEIGHTS: _beside(target / WEIGHTS), CONFIG: _beside(target / CONFIG)}
+    files = {WEIGHTS: beside(target / WEIGHTS), CONFIG: beside(target / CONFIG)}
     try:
-        write_safetensors(files[WEIGHTS], *_peft_contents(adapter, dtype))
+        write_safetensors(files[WEIGHTS], *_peft_contents(adapter, dtype), str(folder))
         _write(files[CONFIG], [text])
         for name, temporary in files.items():
             os.replace(temporary, target / name)
@@ -134,8 +160,6 @@ def _kohya_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
     tensors, metadata = {}, adapter.metadata if adapter.format == "kohya" else {}
     names = formats.kohya_names(adapter.modules, adapter.format, adapter.config, adapter.source)
     for name, update in adapter.modules.items():
-        if adapter.kinds.get(name, LINEAR).name == "embedding":
-            raise AdapterError(f"{adapter.source}: {name} is an embedding, which kohya cannot hold")
         new = names[name]
         tensors[f"{new}.lora_up.weight"], tensors[f"{new}.lora_down.weight"] = _factors(adapter, name, dtype)
         rank, scale = _size(update)
@@ -147,6 +171,18 @@ def _kohya_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
     if not all(isinstance(u, Stored) for u in adapter.modules.values()):
         metadata = configs.kohya_header(metadata, [_size(u)[0] for u in adapter.modules.values()])
     return tensors, metadata
+
+
+def _diffusers_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
+    component = formats.component_of(adapter) + "." if adapter.format == "peft" else ""
+    tensors, sizes = {}, {}
+    for name, update in adapter.modules.items():
+        up, down = _factors(adapter, name, dtype)
+        tensors[f"{component}{name}.lora_B.weight"], tensors[f"{component}{name}.lora_A.weight"] = up, down
+        sizes[component + name] = _size(update)
+    config = adapter.config if adapter.format == "peft" else {}
+    header = configs.diffusers_header(sizes, adapter.metadata, config, adapter.base_model, adapter.source)
+    return tensors, {"format": "pt"} | adapter.metadata | header
 
 
 def _size(update: LowRank) -> tuple[int, float]:
@@ -167,13 +203,15 @@ def _factors(adapter: Adapter, name: str, dtype: torch.dtype | None):
     return (up, dtype or adapter.dtype), (down, dtype or adapter.dtype)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], metadata: dict) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], metadata: dict, where: str
+) -> None:
     """Write tensors, each cast to its dtype on the way: nothing is held twice. Same input, same bytes.
 
     Raises
     ------
     AdapterError
-        If a value is not finite in its dtype.
+        If a value is not finite in its dtype; the message says `where`.
     """
     # Widest first keeps every tensor aligned, as safetensors itself does.
     order = sorted(tensors, key=lambda k: (-tensors[k][1].itemsize, k))
@@ -192,7 +230,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[Tensor, torch.dtyp
             tensor, dtype = tensors[key]
             cast = tensor.detach().to("cpu", dtype).contiguous()
             if not _finite(cast):
-                raise AdapterError(f"{path.parent}: {key} is not finite in {dtype}, expected a wider dtype")
+                raise AdapterError(f"{where}: {key} is not finite in {dtype}, expected a wider dtype")
             yield cast.reshape(-1).view(torch.uint8).numpy()
 
     _write(path, blocks())
@@ -206,6 +244,23 @@ def _write(path: Path, blocks: Iterable) -> None:
         os.fsync(file.fileno())
 
 
-def _beside(path: Path) -> Path:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as temporary:
+        _write(temporary, [text.encode()])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` at the end; after an error nothing is left of it."""
+    temporary = beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
     """A name in the same folder that no other process uses."""
     return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from lora_opcm import configs, formats
 from lora_opcm import writing as module
 from lora_opcm.adapters import Adapter, AdapterError, Kind, Stored, combine, load_adapter
 from lora_opcm.lowrank import LowRank, add
-from lora_opcm.writing import save_adapter
+from lora_opcm.writing import renamed, save_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.arange(12).reshape(2, 6)
@@ -549,9 +550,18 @@ def test_diffusers_to_kohya(tmp_path, spelling):
     assert set(kohya.modules) == {"lora_unet_mid_attn_to_q", "lora_te_text_model_layers_0_q_proj"}
     assert kohya.modules["lora_unet_mid_attn_to_q"].delta().equal(adapter.modules[names[0]].delta())
     assert kohya.modules["lora_unet_mid_attn_to_q"].alpha == 2
-    for format in ("peft", "diffusers", None):
-        with pytest.raises(AdapterError, match="has diffusers names, expected .* as kohya names"):
-            save_adapter(adapter, tmp_path / "no", format=format)
+    with pytest.raises(AdapterError, match="has diffusers names, which do not say those of 'peft'"):
+        save_adapter(adapter, tmp_path / "no", format="peft")
+    with pytest.raises(AdapterError, match="has kohya names, which do not say those of 'diffusers'"):
+        save_adapter(kohya, tmp_path / "no.safetensors", format="diffusers")
+    save_adapter(adapter, tmp_path / "same.safetensors")
+    for back in (load_adapter(tmp_path / "same.safetensors"), renamed(kohya, adapter)):
+        assert back.format == "diffusers" and back.modules.keys() == adapter.modules.keys()
+        for name, update in adapter.modules.items():
+            assert back.modules[name].left.equal(update.left) and back.modules[name].right.equal(update.right)
+    fewer = adapter.with_modules({names[0]: adapter.modules[names[0]]})
+    with pytest.raises(AdapterError, match="lora_te_text_model_layers_0_q_proj: .* has no such module"):
+        renamed(kohya, fewer)
 
 
 def test_diffusers_scale_from_the_header(tmp_path):
@@ -773,8 +783,13 @@ def test_missing_files(plain, tmp_path):
     with pytest.raises(AdapterError, match="nowhere.safetensors"):
         load_adapter(tmp_path / "nowhere.safetensors")
     folder = plain("snapshot/task") if (tmp_path / "snapshot").mkdir() is None else None
-    with pytest.raises(AdapterError, match="there are adapters inside: task"):
-        load_adapter(folder.parent)
+    (tmp_path / "hub" / "snapshots").mkdir(parents=True)
+    folder.rename(deep := tmp_path / "hub" / "snapshots" / "0f3a")
+    assert load_adapter(tmp_path / "hub").source == str(deep / WEIGHTS)
+    shutil.copytree(deep, tmp_path / "hub" / "other")
+    with pytest.raises(AdapterError, match="2 inside, name one: other, snapshots/0f3a"):
+        load_adapter(tmp_path / "hub")
+    folder = deep
     (folder / CONFIG).unlink()
     for path in (folder, folder / WEIGHTS):
         with pytest.raises(AdapterError, match="a.query: expected adapter_config.json beside it"):

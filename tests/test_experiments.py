@@ -127,3 +127,47 @@ def test_published_tables_come_from_a_full_run_and_can_be_traced(table):
     assert set(rows.profile) == {"full"} and rows.version.notna().all()
     if table.stem not in ("cost", "training_curves", "bake_off_grid"):
         assert rows.adapters.notna().all()
+
+
+@pytest.fixture
+def status(monkeypatch, tmp_path):
+    """The module that writes the status page and the log, on two runs of one notebook made up here."""
+    monkeypatch.syspath_prepend(str(ROOT / "book" / "_ext"))
+    import status
+
+    for name, started, profile in (
+        ("cost", "2026-01-02T03:04:05+00:00", "full"),
+        ("order", "2026-01-03T03:04", "full"),
+    ):
+        nb = nbformat.v4.new_notebook()
+        nb.metadata["papermill"] = {
+            "parameters": {"profile": profile, "counts": [2, 8], "results": "_build"}, "start_time": started, "duration": 41.6,
+        }  # fmt: skip
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    return status
+
+
+def test_runs_are_recorded_once_and_told_by_date(status, tmp_path):
+    records = tmp_path / "runs.csv"
+    status.record(tmp_path, records)
+    first = records.read_bytes()
+    status.record(tmp_path, records)
+    assert records.read_bytes() == first
+    rows = pd.read_csv(records)
+    assert list(rows.experiment) == ["cost", "order"] and list(rows.seconds) == [42, 42]
+    assert list(rows.parameters) == ["counts = [2, 8]"] * 2 and rows.machine.str.contains("×").all()
+    told = status.log(status.recorded(records))
+    assert (
+        told.index("## 2026-01-03") < told.index("## 2026-01-02") < told.index("## Before records were kept")
+    )
+    assert "profile `full`" in told and "42 s on" in told
+
+
+def test_every_cell_says_where_it_ran_or_that_it_did_not(status, tmp_path):
+    status.record(tmp_path, tmp_path / "runs.csv")
+    table = status.cells(status.recorded(tmp_path / "runs.csv")).set_index("experiment")
+    assert list(table.columns) == list(PROFILES)
+    assert {name for name in table.index} == {status.link(path.stem) for path in NOTEBOOKS}
+    assert table.full[status.link("cost")].startswith("2026-01-02 03:04 UTC, ")
+    assert table.gpu[status.link("classic")] == "not run" and table.full[status.link("classic")] == "–"
+    assert table.full[status.link("bake_off")] == "date not recorded, machine not recorded"

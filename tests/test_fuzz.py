@@ -1,34 +1,28 @@
-"""Files from the wild, thousands of them, damaged: each is read or refused in one clear message."""
+"""Files from the wild, thousands of them, damaged, through the command line: read, or refused in one message."""
 
+import io
 import json
+import os
 import random
+import shutil
+import signal
 import struct
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
 from factories import adapter
+from safetensors.torch import save_file
 
 import lora_opcm as lo
+from lora_opcm.cli import main
 
 SHAPES = {"layers.0.q": (12, 8), "layers.0.up": (16, 8)}
 VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    1e309,
-    2**63,
-    "",
-    "x" * 300,
-    "../../etc/passwd",
-    [],
-    {},
-    [[]],
-    float("nan"),
-    "1",
-    [1, "a"],
-    {"a": -5},
-]
+    None, True, -1, 0, 1e309, 2**63, "", "x" * 300, "../../etc/passwd", [], {}, [[]], float("nan"), "1", [1, "a"],
+    {"a": -5}, {".*.*.*.*b": 3}, {"(a|a)*b": 1}, {"layers.0.q": 7}, ["layers"], "[/red]",
+]  # fmt: skip
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:
@@ -49,62 +43,167 @@ def header(data: bytes, rng: random.Random) -> bytes:
     key = rng.choice(sorted(table))
     entry = table[key]
     what = rng.choice(sorted(entry))
-    choice = rng.randrange(4)
+    choice = rng.randrange(5)
     if choice == 0:
         entry[what] = rng.choice(VALUES)
-    elif choice == 1 and what != "dtype" and isinstance(entry[what], list):
+    elif choice == 1 and isinstance(entry[what], list):
         entry[what] = [x + rng.choice([-1, 1, 10**6, 2**40]) for x in entry[what]]
     elif choice == 2:
         entry["dtype"] = rng.choice(["F8_E4M3", "I8", "F64", "BOOL", "F16", "NOPE"])
+    elif choice == 3:
+        table["deep"] = json.loads("[" * 60 + "]" * 60)
     else:
-        table[rng.choice(["x", key + ".bias", key.replace("lora_A", "lora_E"), "a" * 1000])] = table.pop(key)
+        table[rng.choice(["x", key + ".bias", key.replace("lora_A", "lora_E"), "a." * 1000])] = table.pop(key)
     text = json.dumps(table).encode()
     length = rng.choice([len(text)] * 6 + [0, len(text) + 7, 2**62])
     return struct.pack("<Q", length) + text + data[8 + size :]
 
 
-def option(config: dict, rng: random.Random) -> str:
-    config = json.loads(json.dumps(config))
-    config[rng.choice([*sorted(config), "use_dora", "rank_pattern", "alpha_pattern", "use_new_variant"])] = (
-        rng.choice(VALUES)
-    )
+def shapes(data: bytes, rng: random.Random) -> bytes:
+    """A whole file whose tensors are not what was expected: reshaped, scaled, of another dtype, lost or new."""
+    tensors = dict(sorted(load(data).items()))
+    key = rng.choice(list(tensors))
+    value = tensors.pop(key)
+    change = rng.randrange(6)
+    if change == 0:
+        value = value.reshape(
+            -1, rng.choice([d for d in range(1, value.numel() + 1) if value.numel() % d == 0])
+        )
+    elif change == 1:
+        value = value.double() * 10.0 ** rng.choice([-300, -30, 4, 30, 150, 300])
+    elif change == 2:
+        value = value.to(
+            rng.choice([torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn])
+        )
+    elif change == 3:
+        value = torch.zeros(rng.choice([(0,), (0, 8), (1, 1), (3, 3, 3), ()]))
+    elif change == 4:
+        value = torch.full_like(value, rng.choice([float("nan"), float("inf"), 0.0]))
+    if change < 5:
+        tensors[key] = value
+    return dump(tensors)
+
+
+def load(data: bytes) -> dict:
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def dump(tensors: dict) -> bytes:
+    from safetensors.torch import save
+
+    return save({k: v.contiguous() for k, v in tensors.items()})
+
+
+def option(text: str, rng: random.Random) -> str:
+    config = json.loads(text)
+    new = ["use_dora", "rank_pattern", "alpha_pattern", "use_new_variant", "modules_to_save", "auto_mapping"]
+    config[rng.choice([*sorted(config), *new])] = rng.choice(VALUES)
     text = json.dumps(config)
     return text if rng.random() < 0.9 else text[: rng.randrange(len(text))]
 
 
-def damage(folder, count, seed):
-    """Damage one adapter `count` times; count what was read and what was refused."""
+def originals(folder: Path) -> dict[str, Path]:
+    """Whole adapters of every format, each with a sound partner it merges with."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("peft", "peft partner"):
+        lo.save_adapter(adapter(SHAPES, 4, generator), folder / name)
+    half = adapter(SHAPES, 4, generator, torch.float16)
+    for name in ("half", "half partner"):
+        lo.save_adapter(half, folder / name)
+    for name in ("kohya.safetensors", "kohya partner.safetensors"):
+        save_file({
+            "lora_unet_mid.lora_up.weight": torch.randn(8, 3).bfloat16(), "lora_unet_mid.alpha": torch.tensor(2.0),
+            "lora_unet_mid.lora_down.weight": torch.randn(3, 6).bfloat16(),
+            "lora_unet_conv.lora_up.weight": torch.randn(6, 2, 1, 1), "lora_unet_conv.alpha": torch.tensor(1.0),
+            "lora_unet_conv.lora_down.weight": torch.randn(2, 2, 3, 3),
+        }, folder / name, metadata={"ss_network_dim": "3", "ss_base_model_version": "sd_v1"})  # fmt: skip
+    for name in ("diffusers.safetensors", "diffusers partner.safetensors"):
+        packed = {"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {"mid.to_q": 3}}
+        save_file(
+            {"unet.mid.to_q.lora_A.weight": torch.randn(2, 5), "unet.mid.to_q.lora_B.weight": torch.randn(4, 2)},
+            folder / name, metadata={"lora_adapter_metadata": json.dumps(packed)},
+        )  # fmt: skip
+    return {p.name: p for p in folder.iterdir() if "partner" not in p.name}
+
+
+def command(*words) -> tuple[int, str, str]:
+    """The command line in this process: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main([str(word) for word in words])
+    except SystemExit as end:
+        return int(end.code or 0), out.getvalue(), err.getvalue()
+    raise AssertionError("the command did not end by an exit code")
+
+
+def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
+    """Damage adapters `count` times, give each to `inspect` and to `merge`; count what was read and refused."""
     rng = random.Random(seed)
-    good = lo.load_adapter(
-        lo.save_adapter(adapter(SHAPES, 4, torch.Generator().manual_seed(0)), folder / "good")
+    torch.manual_seed(seed)
+    (folder / "whole").mkdir()
+    whole = originals(folder / "whole")
+    work, outcome = folder / "work", {"inspect read": 0, "merge read": 0, "refused": 0}
+    hung = signal.signal(
+        signal.SIGALRM, lambda *_: (_ for _ in ()).throw(AssertionError("hangs for a minute"))
     )
-    target = folder / "damaged"
-    target.mkdir()
-    data = (folder / "good" / "adapter_model.safetensors").read_bytes()
-    config = json.loads((folder / "good" / "adapter_config.json").read_text())
-    outcome = {"read": 0, "refused": 0}
     for i in range(count):
-        kind = rng.choice([flip, cut, header, option])
-        (target / "adapter_model.safetensors").write_bytes(data if kind is option else kind(data, rng))
-        (target / "adapter_config.json").write_text(
-            option(config, rng) if kind is option else json.dumps(config)
-        )
-        try:
-            lo.merge([lo.load_adapter(target), good], "cat", rank=4)
-            outcome["read"] += 1
-        except ValueError as error:  # AdapterError is one
-            assert str(target) in str(error) and len(str(error)) < 2000, f"case {i} of seed {seed}: {error!r}"
-            outcome["refused"] += 1
+        name = rng.choice(sorted(whole))
+        folder_like = whole[name].is_dir()
+        file = work / name / "adapter_model.safetensors" if folder_like else work / name
+        file.parent.mkdir(parents=True)
+        data = (whole[name] / file.name if folder_like else whole[name]).read_bytes()
+        kind = rng.choice([flip, cut, header, shapes, option] if folder_like else [flip, cut, header, shapes])
+        file.write_bytes(data if kind is option else kind(data, rng))
+        if folder_like:
+            text = (whole[name] / "adapter_config.json").read_text()
+            (file.parent / "adapter_config.json").write_text(option(text, rng) if kind is option else text)
+        before = sorted(work.rglob("*"))
+        partner = whole[name].with_name(name.replace(".", " partner.") if "." in name else f"{name} partner")
+        out = work / ("out.safetensors" if "." in name else "out")
+        method = rng.choice(["cat", "opcm", "whitened_sum"])
+        for words in (
+            ["inspect", work / name] + ["--json"] * (i % 4 > 0),
+            ["merge", work / name, partner, "-o", out, "--method", method, "--rank", 3],
+        ):
+            case = f"case {i} of seed {seed}: {kind.__name__} of {name}, {words[0]}"
+            signal.alarm(60)
+            code, _, err = command(*words)
+            signal.alarm(0)
+            assert code in (0, 2) and "Traceback" not in err, f"{case}: {code} {err}"
+            if code == 2:
+                assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 3000, (
+                    f"{case}: {err}"
+                )
+                assert str(work / name) in err, f"{case}: {err}"
+                assert sorted(work.rglob("*")) == before, f"{case}: {sorted(work.rglob('*'))}"
+                outcome["refused"] += 1
+            else:
+                outcome[f"{words[0]} read"] += 1
+        if out.exists():
+            assert lo.load_adapter(out).norm() >= 0
+            left = {p.name for p in work.iterdir()} - {name, out.name, "out.recipe.json"}
+            assert not left, f"case {i} of seed {seed}: {left}"
+        shutil.rmtree(work)
+    signal.signal(signal.SIGALRM, hung)
     return outcome
 
 
+@pytest.fixture
+def unsynced(monkeypatch):
+    """Thousands of small files: nobody pulls the plug on them."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.mark.parametrize("seed", range(2))
-def test_damaged_files_are_read_or_refused_by_name(tmp_path, seed):
-    outcome = damage(tmp_path, 500, seed)
-    assert outcome["refused"] > 200 and sum(outcome.values()) == 500
+def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, seed):
+    outcome = damage(tmp_path, 300, seed)
+    assert outcome["refused"] > 200 and outcome["merge read"] > 30 and sum(outcome.values()) == 600
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_files(tmp_path):
+def test_ten_thousand_damaged_files(tmp_path, unsynced):
     outcome = damage(tmp_path, 10_000, 99)
-    assert outcome["refused"] > 4000, outcome
+    assert outcome["refused"] > 8000 and outcome["merge read"] > 1000, outcome

@@ -135,7 +135,7 @@ def test_a_damaged_state_is_refused_and_a_failed_save_keeps_the_old_one(generato
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_opcm.opcm.save_file", full_disk)
+    monkeypatch.setattr("lora_opcm.writing._write", full_disk)
     with pytest.raises(OSError, match="no space"):
         merger.save(path)
     assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
@@ -150,3 +150,16 @@ def test_a_wrong_shape_leaves_the_state_as_it_was(generator):
     with pytest.raises(ValueError, match=r"b has shape \(30, 20\), in the merged state \(30, 18\)"):
         merger.add(adapter({"a": SHAPES["a"], "b": (30, 20)}, 3, generator))
     assert merger.state.norm() == before and len(merger.state.norms) == 1
+
+
+def test_factor_merger_is_the_registry_lora_opcm():
+    generator = torch.Generator().manual_seed(1)
+    adapters = [adapter({"a": (40, 32), "b": (36, 48)}, 3, generator, torch.float64) for _ in range(4)]
+    for gauge in ("given", "balanced"):
+        merger = lo.FactorMerger(alpha=0.4, gauge=gauge)
+        for a in adapters:
+            merger.add(a)
+        joint = lo.merge(adapters, "lora_opcm", alpha=0.4, gauge=gauge).modules
+        assert all(error(u, dense(joint[name])) < 1e-9 for name, u in merger.updates().items())
+    with pytest.raises(ValueError, match="'given' or 'balanced', got 'x'"):
+        lo.merge(adapters, "lora_opcm", gauge="x")

@@ -5,6 +5,7 @@ import torch
 from factories import adapter, error
 
 import lora_opcm as lo
+from lora_opcm.adapters import Kind
 
 SHAPES = {"a": (40, 32), "b": (36, 48)}
 
@@ -73,3 +74,80 @@ def test_missing_modules_and_refusals():
         lo.SumMerger().adapter()
     with pytest.raises(ValueError, match="a has shape"):
         merger.add(b.with_modules({"a": lo.LowRank(torch.ones(3, 1), torch.ones(1, 4))}))
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_removing_is_never_having_added(power):
+    a, b, c, d = stream(4)
+    merger = lo.SumMerger(power=power).add(a).add(b).add(c).remove(b)
+    straight = lo.SumMerger(power=power).add(a).add(c)
+    assert gap(merger.adapter(), straight.adapter()) < 1e-9
+    assert {n: s.S.shape for n, s in merger.sums.items()} == {n: s.S.shape for n, s in straight.sums.items()}
+    assert gap(merger.add(d).adapter(), straight.add(d).adapter()) < 1e-9
+
+
+def test_removing_one_of_two_copies_or_of_shared_directions_keeps_the_other():
+    a, b, c = stream(3)
+    both = a.with_modules({n: lo.LowRank(torch.cat([u.left, b.modules[n].left], 1),
+                                         torch.cat([u.right, b.modules[n].right])) for n, u in a.modules.items()})  # fmt: skip
+    merger = lo.SumMerger().add(a).add(a).add(both).add(c)
+    straight = lo.SumMerger().add(a).add(c)
+    assert gap(merger.remove(both).remove(a).adapter(), straight.adapter()) < 1e-9
+
+
+def test_float32_adapters_are_removed_to_their_rounding():
+    a, b, c = stream(3, dtype=torch.float32)
+    merger = lo.SumMerger().add(a).add(b).add(c).remove(b)
+    assert gap(merger.adapter(), lo.SumMerger().add(a).add(c).adapter()) < 1e-6
+
+
+def test_what_cannot_be_removed_is_refused():
+    a, b, c = stream(3)
+    with pytest.raises(ValueError, match="cap of 6"):
+        lo.SumMerger(cap=6).add(a).add(b).remove(a)
+    merger = lo.SumMerger().add(a, name="first").add(b, name="second")
+    for other in (c, a.regauge(), a.with_modules({n: 2 * u for n, u in a.modules.items()})):
+        with pytest.raises(ValueError, match=r"not those of an adapter in the state \(first, second\)"):
+            merger.remove(other)
+    with pytest.raises(ValueError, match="the only adapter"):
+        merger.remove(a).remove(b)
+
+
+@pytest.mark.parametrize("cap", [None, 5])
+def test_a_saved_state_goes_on_as_if_it_had_not_stopped(cap, tmp_path):
+    straight, stopped = lo.SumMerger(0.7, cap, 0.8), lo.SumMerger(0.7, cap, 0.8)
+    for i, a in enumerate(stream(dtype=torch.float32)):
+        straight.add(a, name=f"task {i}")
+        stopped = lo.SumMerger.load(stopped.add(a, name=f"task {i}").save(tmp_path / "s.safetensors"))
+    assert straight.members == stopped.members and vars(stopped)["scale"] == 0.8
+    for name in SHAPES:
+        one, two = straight.adapter().modules[name], stopped.adapter().modules[name]
+        assert torch.equal(one.left, two.left) and torch.equal(one.right, two.right)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_states_know_their_kind(tmp_path):
+    a = stream(1)[0]
+    sums = lo.SumMerger().add(a).save(tmp_path / "sums.safetensors")
+    opcm = lo.ContinualMerger().add(a).save(tmp_path / "opcm.safetensors")
+    with pytest.raises(lo.AdapterError, match="a state of whitened_sum, expected opcm: SumMerger.load"):
+        lo.ContinualMerger.load(sums)
+    with pytest.raises(lo.AdapterError, match="a state of opcm, expected whitened_sum: ContinualMerger.load"):
+        lo.SumMerger.load(opcm)
+    with pytest.raises(ValueError, match="no state to save"):
+        lo.SumMerger().save(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+def test_modules_and_kinds_of_later_adapters_outlive_a_reload(kind, tmp_path):
+    a, b = stream(2, dtype=torch.float32)
+    first = a.with_modules({"a": a.modules["a"]})
+    first = lo.Adapter(
+        first.modules, config={"target_modules": ["a"], "r": 3, "lora_alpha": 3, "peft_type": "LORA"}
+    )
+    second = lo.Adapter({"b": b.modules["b"]}, kinds={"b": Kind("embedding")})
+    merger = kind().add(first).add(second).add(first)
+    for m in (merger, kind.load(merger.save(tmp_path / "s.safetensors"))):
+        folder = lo.save_adapter(m.adapter(), tmp_path / f"out {m is merger}")
+        again = lo.load_adapter(folder)
+        assert again.kinds == {"b": Kind("embedding")} and again.config["target_modules"] == ["a", "b"]

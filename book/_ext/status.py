@@ -1,36 +1,137 @@
-"""The status page: when each experiment ran, how long, with what. `python book/_ext/status.py EXECUTED PAGE`."""
+"""The pages on runs: when each experiment ran, how long, on what, and what never ran.
 
+    python book/_ext/status.py EXECUTED BOOK      fills status.md and log.md of a copy of the book
+    python book/_ext/status.py record EXECUTED    appends the runs of `make publish` to data/runs.csv
+
+A run is what papermill wrote into the executed notebook, and the machine that reads it right after.
+"""
+
+import os
+import platform
 import sys
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import yaml
 
 ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "data" / "runs.csv"
+MARK = "<!-- filled when the site is built -->"
+COLUMNS = ["experiment", "profile", "started", "seconds", "machine", "version", "parameters"]
 
 
-def status(executed: Path) -> pd.DataFrame:
-    """One row an executed notebook, from what papermill wrote into it, and the published table beside it."""
+def machine() -> str:
+    """Cores and architecture; the graphics card, if torch can use one."""
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} × {platform.machine()}, {platform.system()}{gpu}"
+
+
+def executed(folder: Path) -> pd.DataFrame:
+    """One row an executed notebook."""
+    from lora_opcm import __version__
+
     rows = []
-    for path in sorted(executed.glob("*.ipynb")):
+    for path in sorted(folder.glob("*.ipynb")):
         run = nbformat.read(path, 4).metadata.papermill
-        table = ROOT / "data" / "results" / f"{path.stem}.csv"
-        published = pd.read_csv(table, nrows=1).profile[0] if table.exists() else "not yet"
+        given = {
+            k: v for k, v in run.parameters.items() if k not in ("profile", "results", "trained", "adapters")
+        }
         rows.append(
             {
-                "experiment": f"[{path.stem.replace('_', ' ')}](experiments/{path.stem}.ipynb)",
+                "experiment": path.stem,
                 "profile": run.parameters.get("profile", ""),
-                "ran": run.start_time[:16].replace("T", " ") + " UTC",
+                "started": run.start_time[:16],
                 "seconds": round(run.duration),
-                "parameters": ", ".join(
-                    f"{k} = {v}"
-                    for k, v in run.parameters.items()
-                    if k not in ("profile", "results", "trained")
-                ),
-                "published table": published,
+                "machine": machine(),
+                "version": __version__,
+                "parameters": ", ".join(f"{k} = {v}" for k, v in given.items()),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def recorded(records: Path = RECORDS) -> pd.DataFrame:
+    """The runs whose tables were published; of tables from before records were kept, what they say themselves."""
+    rows = pd.read_csv(records, keep_default_na=False) if records.exists() else pd.DataFrame(columns=COLUMNS)
+    old = []
+    for path in sorted((ROOT / "data" / "results").glob("*.csv")):
+        table = pd.read_csv(path)
+        profile, version = table.profile[0], table.version[0]
+        if path.stem in _experiments() and (path.stem, profile) not in set(
+            zip(rows.experiment, rows.profile)
+        ):
+            said = {k: sorted(table[k].dropna().unique()) for k in ("texts", "seeds", "seed") if k in table}
+            said = {
+                k: "+".join(f"{v:g}" if k == "texts" else str(v) for v in found) for k, found in said.items()
+            }
+            parameters = ", ".join(f"{k} = {v}" for k, v in said.items() if v.count("+") < 3)
+            old.append([path.stem, profile, "", "", "", version, parameters])
+    return pd.concat([rows, pd.DataFrame(old, columns=COLUMNS)], ignore_index=True)
+
+
+def record(folder: Path, records: Path = RECORDS) -> None:
+    """Append what is new in `folder`; a run is known by its experiment, profile and start."""
+    known = pd.read_csv(records, keep_default_na=False) if records.exists() else pd.DataFrame(columns=COLUMNS)
+    rows = pd.concat([known, executed(folder)]).drop_duplicates(["experiment", "profile", "started"])
+    rows.sort_values(["started", "experiment"]).to_csv(records, index=False, lineterminator="\n")
+
+
+def _experiments() -> dict[str, list[str]]:
+    """Experiment → profiles it belongs to."""
+    profiles = yaml.safe_load((ROOT / "book" / "experiments" / "profiles.yaml").read_text())
+    found: dict[str, list[str]] = {}
+    for profile, content in profiles.items():
+        for name in content["notebooks"]:
+            found.setdefault(name, []).append(profile)
+    return found
+
+
+def link(name: str) -> str:
+    return f"[{name.replace('_', ' ')}](experiments/{name}.ipynb)"
+
+
+def where(row) -> str:
+    """When and on what, in words."""
+    when = row.started.replace("T", " ") + " UTC" if row.started else "date not recorded"
+    return f"{when}, {row.machine or 'machine not recorded'}"
+
+
+def cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Experiment × profile: the last run on each machine, "not run", or "–" where the profile has no such cell."""
+    experiments = _experiments()
+    profiles = list(dict.fromkeys(p for own in experiments.values() for p in own))
+
+    def cell(name: str, profile: str) -> str:
+        found = runs[(runs.experiment == name) & (runs.profile == profile)]
+        last = found.sort_values("started").drop_duplicates("machine", keep="last")
+        return "; ".join(map(where, last.itertuples())) or (
+            "not run" if profile in experiments[name] else "–"
+        )
+
+    return pd.DataFrame(
+        [{"experiment": link(name)} | {p: cell(name, p) for p in profiles} for name in experiments]
+    )
+
+
+def log(runs: pd.DataFrame) -> str:
+    """One entry a run, the last day first."""
+    lines = []
+    for day, entries in sorted(runs.groupby(runs.started.str[:10]), reverse=True):
+        lines.append(f"\n## {day or 'Before records were kept'}\n")
+        for row in entries.itertuples():
+            took = f", {row.seconds} s on {row.machine}" if row.machine else ""
+            wrote = ROOT / "data" / "results" / f"{row.experiment}.csv"
+            table = pd.read_csv(wrote, usecols=["profile"]) if wrote.exists() else None
+            shown = table is not None and row.profile == table.profile[0]
+            table = f"; `{wrote.name}`, {len(table)} rows" if shown else "; no published table"
+            settings = f": {row.parameters}" if row.parameters else ""
+            lines.append(
+                f"- {link(row.experiment)}, profile `{row.profile}`, version {row.version}{took}{settings}{table}."
+            )
+    return "\n".join(lines) + "\n"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -40,7 +141,19 @@ def markdown(table: pd.DataFrame) -> str:
     )
 
 
+def fill(page: Path, text: str) -> None:
+    page.write_text(page.read_text().partition(MARK)[0] + text)
+
+
 if __name__ == "__main__":
-    page = Path(sys.argv[2])
-    head = page.read_text().partition("<!-- filled when the site is built -->")[0]
-    page.write_text(head + markdown(status(Path(sys.argv[1]))) + "\n")
+    if sys.argv[1] == "record":
+        record(Path(sys.argv[2]))
+    else:
+        here, book = executed(Path(sys.argv[1])), Path(sys.argv[2])
+        runs = pd.concat([here, recorded()], ignore_index=True)
+        shown = here.assign(experiment=here.experiment.map(link), started=here.started.str.replace("T", " "))
+        fill(
+            book / "status.md",
+            f"{markdown(shown)}\n\n## Cell by cell\n\n{markdown(cells(runs))}\n",
+        )
+        fill(book / "log.md", log(runs))

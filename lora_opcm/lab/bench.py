@@ -32,12 +32,6 @@ def emit(found: dict) -> None:
 
 
 RANK, COUNT = 16, 8
-LLAMA = {  # Llama-2-7B: the seven linear modules of a layer, (out, in)
-    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
-    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096),
-    "mlp.down_proj": (4096, 11008),
-}  # fmt: skip
-LAYERS = 32
 
 
 def best(function: Callable, runs: int = 3) -> float:
@@ -91,14 +85,15 @@ def module(size: int = 4096):
 @app.command()
 def make(folder: Path):
     """Eight synthetic adapters with the shapes of Llama-2-7B, float16, in PEFT folders."""
+    from .shapes import build, linear_shapes
+
+    shapes = linear_shapes(build("Llama-2-7B"))
     for t in range(COUNT):
         generator = torch.Generator().manual_seed(t)
         modules = {}
-        for layer in range(LAYERS):
-            for name, (m, n) in LLAMA.items():
-                left = torch.randn(m, RANK, generator=generator).half()
-                right = torch.randn(RANK, n, generator=generator).half()
-                modules[f"model.layers.{layer}.{name}"] = LowRank(left, right)
+        for name, (m, n) in shapes.items():
+            left = torch.randn(m, RANK, generator=generator).half()
+            modules[name] = LowRank(left, torch.randn(RANK, n, generator=generator).half())
         save_adapter(Adapter(modules, dtype=torch.float16), folder / f"adapter{t}", format="peft")
     emit({})
 

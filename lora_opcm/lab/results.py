@@ -47,3 +47,21 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
             f"{100 * part.low[m]:.1f} to {100 * part.high[m]:.1f}" for m in table.index
         ]
     return table
+
+
+def cell(name: str, metric: str, **where) -> str:
+    """One mean over tasks of a published table, in per cent with its 95 % interval, where columns are as given.
+
+    "not run" where there is no such table, or no such row in it.
+    """
+    try:
+        rows = published(name)
+    except FileNotFoundError:
+        return "not run"
+    rows = rows[(rows.task == "mean") & (rows.metric == metric)]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    if not len(rows):
+        return "not run"
+    value, low, high = (100 * rows[["value", "low", "high"]].iloc[0]).round(1)
+    return f"{value} [{low}, {high}]"
