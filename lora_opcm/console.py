@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import partial
@@ -85,6 +86,7 @@ def guarded(run: Callable[[], None]) -> None:
     A SIGTERM ends as Ctrl-C does, so that temporary files go.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warned, warnings.showwarning = warnings.showwarning, lambda message, *_: note(f"warning: {message}")
     try:
         run()
     except (ValueError, OSError, SafetensorError, LinAlgError, OverflowError, MemoryError) as error:
@@ -98,6 +100,7 @@ def guarded(run: Callable[[], None]) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.showwarning = warned
 
 
 # -- options that several commands take ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from filelock import FileLock
+from torch.linalg import LinAlgError
 
 from .adapters import AdapterError, load_adapter
 from .console import (
@@ -83,8 +84,12 @@ def export(
 ):
     """Write the merged adapter of a state."""
     refuse_existing(output, overwrite)
-    merged = _load(state).adapter(rank=rank, energy=energy)
-    path = save_adapter(merged, output, format and format.value, overwrite, torch_dtype(dtype))
+    merger = _load(state)
+    try:
+        merged = merger.adapter(rank=rank, energy=energy)
+        path = save_adapter(merged, output, format and format.value, overwrite, torch_dtype(dtype))
+    except (ValueError, LinAlgError) as error:
+        raise AdapterError(f"{state}: {error}") from error
     note(f"{path}: {len(merged.modules)} modules, norm {merged.norm():.4g}")
 
 

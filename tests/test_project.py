@@ -62,6 +62,7 @@ def test_modules_import_only_upwards():
         "configs",
         "adapters",
         "writing",
+        "state",
         "opcm",
         "sums",
         "rules",
@@ -69,6 +70,8 @@ def test_modules_import_only_upwards():
         "similarity",
         "recipe",
         "report",
+        "console",
+        "streams",
         "cli",
     ]
     for i, module in enumerate(order):
