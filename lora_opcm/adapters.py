@@ -213,6 +213,8 @@ def load_adapter(path: str | os.PathLike) -> Adapter:
         module, no module at all. The message names the file, the module, what came and what was expected.
     """
     path = weights_of(path)
+    if not path.suffix and not path.exists():
+        raise AdapterError(f"{path}: no such file or folder")
     if path.suffix.lower() in PICKLES:
         raise AdapterError(
             f"{path}: a pickle can run code when it is opened, so only safetensors are read; convert it where"

@@ -61,7 +61,9 @@ def show(rows: list[dict], as_json: bool, title: str = "") -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(title=title, title_justify="left")
+    if title:
+        say(title)
+    table = Table()
     for name in rows[0] if rows else ():
         text = isinstance(rows[0][name], str)
         table.add_column(name, justify="left" if text else "right", overflow="fold")

@@ -138,6 +138,10 @@ def read_recipe(path: str | os.PathLike) -> dict:
     AdapterError
         If the file is no recipe, or one of another version.
     """
+    if not Path(path).is_file():
+        raise AdapterError(
+            f"{path}: expected a merge recipe there, got no file; --recipe names one elsewhere"
+        )
     try:
         recipe = json.loads(Path(path).read_text(encoding="utf8"))
         known = recipe["recipe"]
