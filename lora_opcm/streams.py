@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from filelock import FileLock
 from torch.linalg import LinAlgError
 
 from .adapters import AdapterError, load_adapter
@@ -119,7 +118,9 @@ def remove(
     _table(merger, as_json)
 
 
-def _locked(state: Path) -> FileLock:
+def _locked(state: Path):
+    from filelock import FileLock  # only here: every command waits for what is imported
+
     if not state.parent.is_dir():
         raise AdapterError(f"{state}: there is no folder {state.parent}")
     return FileLock(state.parent / f".{state.name}.lock", timeout=600)
