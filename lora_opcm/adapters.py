@@ -215,6 +215,8 @@ def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = N
         module, no module at all. The message names the file, the module, what came and what was expected.
     """
     path = weights_of(path)
+    if not path.suffix and not path.exists():
+        raise AdapterError(f"{path}: no such file or folder")
     if path.suffix.lower() in PICKLES:
         raise AdapterError(
             f"{path}: a pickle can run code when it is opened, so only safetensors are read; convert it where"
@@ -325,6 +327,11 @@ def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Store
     update = Stored.fold(up, down, scale, alpha)
     if scale != 1 and not _finite(update.left):
         raise AdapterError(f"{where}: {name}: scale {scale:g} times {parts['up']} overflows {update.dtype}")
+    largest = (
+        max(float(x.abs().max()) for x in (update.left, update.right)) if update.dtype == torch.float64 else 0
+    )
+    if largest > LARGEST:
+        raise AdapterError(f"{where}: {name}: a factor holds {largest:.1e}, expected below {LARGEST:.0e}")
     return update
 
 
@@ -336,10 +343,6 @@ def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
     tensor = file.get_tensor(key)
     if not _finite(tensor):
         raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
-    if factor and tensor.dtype == torch.float64 and float(tensor.abs().max()) > LARGEST:
-        raise AdapterError(
-            f"{where}: {key} holds {float(tensor.abs().max()):.1e}, expected below {LARGEST:.0e}"
-        )
     return tensor
 
 

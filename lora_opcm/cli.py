@@ -37,6 +37,7 @@ from .writing import renamed, save_adapter
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Look into LoRA adapters, compare them, merge them. The base model is never needed.",
     epilog="Exit codes: 0 done; 1 the answer is no (verify, merge --dry-run); 2 refused, with the reason; 130 interrupted.",
 )
@@ -183,7 +184,10 @@ def merge_(
         )
     worst = max(dropped, key=dropped.get)
     lost = f"; the cut dropped at most {dropped[worst]:.1%} of a module's squared norm ({worst})"
-    note(f"{path}: {len(merged.modules)} modules, norm {merged.norm():.4g}" + lost * (dropped[worst] > 1e-9))
+    note(
+        f"wrote {path}: {len(merged.modules)} modules, norm {merged.norm():.4g}"
+        + lost * (dropped[worst] > 1e-9)
+    )
 
 
 def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:

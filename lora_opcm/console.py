@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import partial
@@ -60,7 +61,9 @@ def show(rows: list[dict], as_json: bool, title: str = "") -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(title=title, title_justify="left")
+    if title:
+        say(title)
+    table = Table()
     for name in rows[0] if rows else ():
         text = isinstance(rows[0][name], str)
         table.add_column(name, justify="left" if text else "right", overflow="fold")
@@ -85,6 +88,7 @@ def guarded(run: Callable[[], None]) -> None:
     A SIGTERM ends as Ctrl-C does, so that temporary files go.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warned, warnings.showwarning = warnings.showwarning, lambda message, *_: note(f"warning: {message}")
     try:
         run()
     except (ValueError, OSError, SafetensorError, LinAlgError, OverflowError, MemoryError) as error:
@@ -98,6 +102,7 @@ def guarded(run: Callable[[], None]) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.showwarning = warned
 
 
 # -- options that several commands take ----------------------------------------------------------------------

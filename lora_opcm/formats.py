@@ -163,9 +163,20 @@ def kohya_names(modules: Iterable[str], format: str, config: Mapping, where: str
     return names
 
 
-def component_of(adapter) -> str:
-    """The component of a diffusers pipeline that a PEFT adapter is for, or AdapterError."""
-    return _names_of_class(adapter.config, adapter.source)[1]
+def names_in(format: str, adapter) -> dict[str, str]:
+    """Module name of an adapter -> its name in a file of another format; AdapterError where there is none."""
+    if format == adapter.format:
+        return {name: name for name in adapter.modules}
+    if format == "kohya":
+        return kohya_names(adapter.modules, adapter.format, adapter.config, adapter.source)
+    if format == "diffusers" and adapter.format == "peft":
+        component = _names_of_class(adapter.config, adapter.source)[1]
+        return {name: f"{component}.{name}" for name in adapter.modules}
+    raise AdapterError(
+        f"{adapter.source} has {adapter.format} names, which do not say those of {format!r}; expected the same"
+        " format, PEFT or diffusers names for kohya, PEFT names for diffusers, or kohya names that an adapter of the"
+        " same model translates (`renamed`, `lora-opcm convert --like`)"
+    )
 
 
 def _names_of_class(config: Mapping, where: str) -> tuple[str, str]:

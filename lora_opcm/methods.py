@@ -3,7 +3,7 @@
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,9 +162,10 @@ def merge_part(
     if by_norm:
         options = options | {"scale": 1.0}
 
-    def one(item: tuple[str, list[LowRank], Core | None]) -> tuple[LowRank, float, list[list[float]]]:
+    def one(item: tuple[str, list[LowRank] | None, Core | None]) -> tuple[LowRank, float, list[list[float]]]:
         """The merged update of a module, the share cut off, and its `Part.sizes`."""
         name, updates, core = item
+        updates = updates or _updates(adapters, name, weights)
         local = options | ({"seed": _seed(options, name)} if "seed" in entry.options else {})
         local |= {"grams": [g.get(name) for g in options["grams"]]} if "grams" in options else {}
         sizes = []
@@ -183,14 +184,16 @@ def merge_part(
         update, share = update.truncate(rank, energy)
         return update.to("cpu"), share, sizes
 
-    found, modules = {}, {name: _updates(adapters, name, weights) for name in shapes}
-    batches, each = [list(shapes)], progress
+    found, batches, each = {}, [list(shapes)], progress
     if device is not None:
-        batches, each = list(_batches(modules)), None
+        batches, each = list(_batches(adapters, shapes)), None
         batches = progress(batches, total=len(batches)) if progress else batches
     for names in batches:
-        parts = [modules[name] for name in names]
-        cores = [None] * len(parts)
+        parts = cores = [None] * len(
+            names
+        )  # without a device, a module's updates are made when its turn comes
+        if device is not None:
+            parts = [_updates(adapters, name, weights) for name in names]
         if device is not None and entry.space == "core":
             cores = reduce_batch(parts, device)
         elif device is not None and torch.device(device).type != "mps":  # which has no float64
@@ -204,11 +207,12 @@ def merge_part(
     )
 
 
-def _batches(modules: dict[str, list[LowRank]]) -> Iterator[Sequence[str]]:
+def _batches(adapters: Sequence[Adapter], names: Iterable[str]) -> Iterator[Sequence[str]]:
     """Names of modules whose updates have equal shapes, ranks and dtypes, `BATCH` numbers at a time."""
     groups: dict[tuple, list[str]] = {}
-    for name, updates in modules.items():
-        groups.setdefault(tuple((u.shape, u.rank, u.dtype) for u in updates), []).append(name)
+    for name in names:
+        key = tuple((u.shape, u.rank, u.dtype) for u in _updates(adapters, name, [1] * len(adapters)))
+        groups.setdefault(key, []).append(name)
     for key, names in groups.items():
         numbers = sum(sum(shape) * rank for shape, rank, _ in key)
         step = max(1, BATCH // max(1, numbers))

@@ -125,6 +125,8 @@ class ContinualMerger:
             raise ValueError(f"scale must be 'norm' or a number, got {scale!r}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        if rank is not None and not (isinstance(rank, int) and rank >= 1):
+            raise ValueError(f"rank must be at least 1, got {rank!r}")
         self.alpha, self.variant, self.scale, self.rank = alpha, variant, scale, rank
         self.state = MergedState()
         self._like: Adapter | None = None  # metadata of the first adapter, for the export

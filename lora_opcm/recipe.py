@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .adapters import CONFIG, WEIGHTS, Adapter, AdapterError, load_adapter, weights_of
-from .formats import kohya_names
+from .formats import names_in
 from .methods import merge
 from .parallel import Progress
 from .writing import beside, save_adapter, write_text
@@ -112,12 +112,11 @@ def write_merge(
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raise AdapterError if a merge written to `output` would replace a file; asked before the work, and after."""
-    if output.is_dir():
-        there = [
-            output / n for n in (WEIGHTS, "adapter_model.bin", CONFIG, RECIPE, CARD) if (output / n).exists()
-        ]
+    if output.is_file() or output.suffix == ".safetensors" and not output.is_dir():
+        files = [output, recipe_of(output)]
     else:
-        there = [p for p in (output, recipe_of(output)) if p.exists()]
+        files = [output / n for n in (WEIGHTS, "adapter_model.bin", CONFIG, RECIPE, CARD)]
+    there = [path for path in files if path.exists()]
     if there and not overwrite:
         raise AdapterError(f"{there[0]}: exists already; --overwrite replaces it")
 
@@ -139,6 +138,10 @@ def read_recipe(path: str | os.PathLike) -> dict:
     AdapterError
         If the file is no recipe, or one of another version.
     """
+    if not Path(path).is_file():
+        raise AdapterError(
+            f"{path}: expected a merge recipe there, got no file; --recipe names one elsewhere"
+        )
     try:
         recipe = json.loads(Path(path).read_text(encoding="utf8"))
         known = recipe["recipe"]
@@ -198,9 +201,8 @@ def verify(
         again = run(adapters, found["merge"], dtype, progress=progress)
     except TypeError as error:
         raise AdapterError(f"{path}: the merge cannot be repeated: {error}") from None
-    if stored.format == "kohya" != again.format:
-        names = kohya_names(again.modules, again.format, again.config, again.source)
-        again = again.with_modules({names[name]: u for name, u in again.modules.items()})
+    names = names_in(stored.format, again)
+    again = again.with_modules({names[name]: u for name, u in again.modules.items()})
     allowed = 2 * rounding(stored) + 1e-5 if tolerance is None else tolerance
     gap, worst = distance(stored, again)
     return {

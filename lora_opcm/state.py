@@ -91,8 +91,10 @@ def load_state(path: str | os.PathLike, kind: str, build: Callable[..., Merger])
             n: Kind(str(k["name"]), tuple(int(i) for i in k["kernel"])) for n, k in like["kinds"].items()
         }
         dtypes = {str(t).removeprefix("torch."): t for t in DTYPES if t.is_floating_point}
-        if not (isinstance(like["config"], dict) and isinstance(like["metadata"], dict)):
-            raise ValueError("its adapter has no config")
+        words = [like["source"], like["base_model"] or "", *like["metadata"], *like["metadata"].values()]
+        known = like["format"] in ("peft", "kohya", "diffusers") and isinstance(like["config"], dict)
+        if not (known and all(isinstance(word, str) for word in words)):
+            raise ValueError("what it says of its adapters is not of the right types")
         saved = {n.removeprefix("saved/"): t for n, t in tensors.items() if n.startswith("saved/")}
         like |= {"kinds": kinds, "dtype": dtypes[like["dtype"]], "saved": saved}
         return build(header, tensors, Adapter({}, **like))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from filelock import FileLock
 from torch.linalg import LinAlgError
 
 from .adapters import AdapterError, load_adapter
@@ -90,7 +89,7 @@ def export(
         path = save_adapter(merged, output, format and format.value, overwrite, torch_dtype(dtype))
     except (ValueError, LinAlgError) as error:
         raise AdapterError(f"{state}: {error}") from error
-    note(f"{path}: {len(merged.modules)} modules, norm {merged.norm():.4g}")
+    note(f"wrote {path}: {len(merged.modules)} modules, norm {merged.norm():.4g}")
 
 
 def remove(
@@ -119,7 +118,9 @@ def remove(
     _table(merger, as_json)
 
 
-def _locked(state: Path) -> FileLock:
+def _locked(state: Path):
+    from filelock import FileLock  # only here: every command waits for what is imported
+
     if not state.parent.is_dir():
         raise AdapterError(f"{state}: there is no folder {state.parent}")
     return FileLock(state.parent / f".{state.name}.lock", timeout=600)
@@ -153,15 +154,17 @@ def _refuse_change(state: Path, merger, kind: str | None, given: dict) -> None:
 
 
 def _table(merger: ContinualMerger | SumMerger, as_json: bool) -> None:
+    """What a state holds, in the order it came."""
     if isinstance(merger, SumMerger):
-        rows = [
-            {"name": m["name"], "norm": m["norm"], "sha256 of factors": m["sha256"]} for m in merger.members
-        ]
-        directions = max(max(s.S.shape) for s in merger.sums.values())
-        show(rows, as_json, f"{len(rows)} adapters, up to {directions} directions a module")
-        return
-    heads = {"name": "name", "norm": "norm", "lambda": "λ", "cleared": "‖·‖² projected out",
-             "dropped": "‖·‖² cut by the cap", "rank": "rank"}  # fmt: skip
-    history = merger.state.history
-    rows = history if as_json else [{heads.get(k, k): v for k, v in row.items()} for row in history]
-    show(rows, as_json, f"{len(rows)} adapters, in this order")
+        rows, rank = merger.members, max(max(s.S.shape) for s in merger.sums.values())
+        heads = {"name": "name", "norm": "norm", "sha256": "sha256 of the factors"}
+        what = f"whitened_sum, power {merger.power:g}, cap {merger.cap or 'none'}"
+    else:
+        rows, rank = merger.state.history, max(u.rank for u in merger.state.updates.values())
+        heads = {"name": "name", "norm": "norm", "lambda": "λ", "cleared": "projected out", "dropped": "cut by the cap",
+                 "rank": "rank"}  # fmt: skip
+        what = f"opcm, α {merger.alpha:g}, {merger.variant}, cap {merger.rank or 'none'}"
+    if as_json:
+        return show(rows, True)
+    short = [{heads.get(k, k): v[:12] if k == "sha256" else v for k, v in row.items()} for row in rows]
+    show(short, False, f"{what}: {len(rows)} taken in, rank up to {rank}; shares are of a squared norm")

@@ -137,8 +137,10 @@ class SumMerger:
     def __init__(self, power: float = 0.5, cap: int | None = None, scale: float = 1.0):
         if not 0 <= power <= 1:
             raise ValueError(f"power must lie in [0, 1], got {power}")
-        if cap is not None and cap < 1:
-            raise ValueError(f"cap must be at least 1, got {cap}")
+        if cap is not None and not (isinstance(cap, int) and cap >= 1):
+            raise ValueError(f"cap must be at least 1, got {cap!r}")
+        if not isinstance(scale, int | float):
+            raise ValueError(f"scale must be a number, got {scale!r}")
         self.power, self.cap, self.scale = power, cap, scale
         self.sums: dict[str, Sums] = {}
         self.members: list[dict] = []  # name, norm and fingerprint of what is in the sums

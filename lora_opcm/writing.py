@@ -59,12 +59,7 @@ def save_adapter(
         raise AdapterError(f"{path}: an empty adapter: no module to write")
     if format == "peft" == adapter.format:
         return _save_folder(adapter, path, overwrite, dtype)
-    if format not in ("kohya", "diffusers") or (format == "diffusers" and adapter.format == "kohya"):
-        raise AdapterError(
-            f"{path}: {adapter.source} has {adapter.format} names, which do not say those of {format!r}; expected the"
-            " same format, PEFT or diffusers names for kohya, PEFT names for diffusers, or kohya names that an"
-            " adapter of the same model translates (`renamed`, `lora-opcm convert --like`)"
-        )
+    names = formats.names_in(format, adapter)
     if path.suffix != ".safetensors":
         raise AdapterError(f"{path}: a {format} adapter is one file, expected a name ending in .safetensors")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -74,7 +69,7 @@ def save_adapter(
         raise AdapterError(
             f"{adapter.source}: {odd[0]} is an embedding or a full tensor, which {format} cannot hold"
         )
-    contents = (_kohya_contents if format == "kohya" else _diffusers_contents)(adapter, dtype)
+    contents = (_kohya_contents if format == "kohya" else _diffusers_contents)(adapter, names, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         write_safetensors(temporary, *contents, str(path))
@@ -91,8 +86,7 @@ def renamed(adapter: Adapter, like: Adapter) -> Adapter:
     AdapterError
         If `like` lacks a module, or has names that kohya does not know.
     """
-    names = formats.kohya_names(like.modules, like.format, like.config, like.source)
-    dotted = {short: name for name, short in names.items()}
+    dotted = {short: name for name, short in formats.names_in("kohya", like).items()}
     missing = [name for name in adapter.modules if name not in dotted]
     if missing:
         raise AdapterError(
@@ -156,9 +150,8 @@ def _peft_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
     return tensors, {"format": "pt"} | adapter.metadata
 
 
-def _kohya_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
+def _kohya_contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> Contents:
     tensors, metadata = {}, adapter.metadata if adapter.format == "kohya" else {}
-    names = formats.kohya_names(adapter.modules, adapter.format, adapter.config, adapter.source)
     for name, update in adapter.modules.items():
         new = names[name]
         tensors[f"{new}.lora_up.weight"], tensors[f"{new}.lora_down.weight"] = _factors(adapter, name, dtype)
@@ -173,13 +166,12 @@ def _kohya_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
     return tensors, metadata
 
 
-def _diffusers_contents(adapter: Adapter, dtype: torch.dtype | None) -> Contents:
-    component = formats.component_of(adapter) + "." if adapter.format == "peft" else ""
+def _diffusers_contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> Contents:
     tensors, sizes = {}, {}
     for name, update in adapter.modules.items():
         up, down = _factors(adapter, name, dtype)
-        tensors[f"{component}{name}.lora_B.weight"], tensors[f"{component}{name}.lora_A.weight"] = up, down
-        sizes[component + name] = _size(update)
+        tensors[f"{names[name]}.lora_B.weight"], tensors[f"{names[name]}.lora_A.weight"] = up, down
+        sizes[names[name]] = _size(update)
     config = adapter.config if adapter.format == "peft" else {}
     header = configs.diffusers_header(sizes, adapter.metadata, config, adapter.base_model, adapter.source)
     return tensors, {"format": "pt"} | adapter.metadata | header

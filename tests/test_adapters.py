@@ -419,10 +419,25 @@ def test_alpha_of_a_new_config_gives_the_scale_back():
 
 
 def test_large_finite_values_are_not_taken_for_inf(plain):
-    for dtype in (torch.float32, torch.float64):  # their sum overflows
-        top = torch.full((2, 5), torch.finfo(dtype).max, dtype=dtype)
-        adapter = load_adapter(plain(str(dtype), {"a.query.lora_A.weight": top}))
-        assert adapter.modules["a.query"].right.double().equal(top.double())
+    top = torch.full((2, 5), torch.finfo(torch.float32).max)  # their sum overflows
+    adapter = load_adapter(plain("float32", {"a.query.lora_A.weight": top}))
+    assert adapter.modules["a.query"].right.equal(top) and math.isfinite(adapter.norm())
+
+
+def test_float64_whose_norms_would_overflow_is_refused(plain):
+    top = torch.full((2, 5), torch.finfo(torch.float64).max, dtype=torch.float64)
+    with pytest.raises(AdapterError, match="a.query: a factor holds 1.8e.308, expected below 1e.38"):
+        load_adapter(plain("float64", {"a.query.lora_A.weight": top}))
+
+
+def test_patterns_that_would_hang_are_refused(plain):
+    """Few enough wildcards for a short name, and years of backtracking on a long one."""
+    long = "a." * 100
+    tensors = {f"{long}q.lora_A.weight": torch.ones(2, 5), f"{long}q.lora_B.weight": torch.ones(4, 2)}
+    with pytest.raises(AdapterError, match="too expensive to match safely"):
+        load_adapter(plain("long", tensors, rank_pattern={".*.*.*.*[bc]": 2}))
+    with pytest.raises(AdapterError, match="expected at most 100000 and 1000"):
+        load_adapter(plain("longer", {"a." * 500 + "lora_A.weight": torch.ones(2, 5)}))
 
 
 def test_mixed_dtypes_in_one_module(plain, tmp_path):

@@ -5,20 +5,26 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from factories import adapter
+from rich.console import Console
+from test_fuzz import VALUES, cut, flip, header
 
 import lora_opcm as lo
-import lora_opcm.recipe
+from lora_opcm import recipe
 from lora_opcm.cli import main
+from lora_opcm.console import Steps
 from lora_opcm.recipe import distance
 
 SHAPES = {
@@ -68,6 +74,17 @@ def test_inspect_names_what_is_odd(folder):
     assert f"{name} is zero" in run(folder, "inspect", "odd").stdout
 
 
+def test_compare_by_module_and_with_two_numbers_of_directions(folder):
+    rows = json.loads(run(folder, "compare", "a", "b", "--k", 2, "--l", 3, "--modules", "--json").stdout)
+    table = lo.similarity(lo.load_adapter(folder / "a"), lo.load_adapter(folder / "b"), k=2, l=3)
+    assert [row["module"] for row in rows] == list(table.index)
+    assert [row["φ outputs"] for row in rows] == pytest.approx(list(table.phi_left))
+    assert (
+        "2 directions of the first and 3 of the second"
+        in run(folder, "compare", "a", "b", "--k", 2, "--l", 3).stdout
+    )
+
+
 def test_compare_and_its_report(folder):
     rows = json.loads(
         run(folder, "compare", "a", "b", "c", "--k", 2, "--json", "--html", "report.html").stdout
@@ -92,6 +109,117 @@ def test_merge_is_the_library_and_can_be_verified(folder, method):
     )
     lo.save_adapter(lo.load_adapter(folder / "a"), folder / "m", overwrite=True)
     run(folder, "verify", "a", "b", "--against", "m", code=1)
+
+
+@pytest.fixture
+def clip(folder):
+    """Two PEFT adapters p, q of a text encoder that kohya has names for."""
+    names = {f"text_model.encoder.layers.{i}.mlp.fc1": (24, 16) for i in range(2)}
+    generator = torch.Generator().manual_seed(1)
+    config = {"auto_mapping": {"base_model_class": "CLIPTextModel"}, "peft_type": "LORA"}
+    for name in "pq":
+        lo.save_adapter(replace(adapter(names, 4, generator), config=config), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("output", ["m", "k.safetensors", "d.safetensors"])
+def test_every_output_is_verified_by_its_recipe(clip, output, dtype):
+    format = {"m": "peft", "k": "kohya", "d": "diffusers"}[output[0]]
+    run(clip, "merge", "p", "q", "-o", output, "--format", format, "--dtype", dtype, "--rank", 3)
+    found = json.loads(run(clip, "verify", "q", "p", "--against", output, "--json").stdout)
+    assert found["same"] and found["unchanged"] and found["distance"] <= found["tolerance"]
+    assert found["sha256 in the recipe"] == recipe.digest(clip / output)
+    # Rounded on its own it is still within the tolerance; an update that differs by ten times that is not.
+    stored = lo.load_adapter(clip / output)
+    for factor, code in ((1 + found["tolerance"] / 2, 0), (1 + 10 * found["tolerance"], 1)):
+        modules = {n: u.to(torch.float32) * factor for n, u in stored.modules.items()}
+        changed = replace(stored, dtype=torch.float32).with_modules(modules)
+        lo.save_adapter(changed, clip / ("changed" + output[1:]), overwrite=True, dtype=torch.float32)
+        beside = recipe.recipe_of(clip / output)
+        words = [
+            "verify",
+            "p",
+            "q",
+            "--against",
+            "changed" + output[1:],
+            "--recipe",
+            beside,
+            "--tolerance",
+            found["tolerance"],
+        ]
+        assert "unchanged since the merge: False" in run(clip, *words, code=code).stdout
+
+
+def test_a_recipe_is_found_from_the_weight_file_too(folder):
+    run(folder, "merge", "a", "b", "-o", "m")
+    assert "True" in run(folder, "verify", "a", "b", "--against", "m/adapter_model.safetensors").stdout
+    run(folder, "verify", "a", "b", "--against", "m", "--recipe", "m/merge_recipe.json")
+    run(folder, "verify", "a", "b", "--against", "m", "--recipe", "m")
+    (folder / "m" / "merge_recipe.json").write_text('{"recipe": 1, "inputs": 3}')
+    assert "expected a merge recipe" in run(folder, "verify", "a", "--against", "m", code=2).stderr
+
+
+def test_a_wider_output_is_not_rounded_to_the_inputs(folder):
+    half = lo.load_adapter(folder / "a")
+    lo.save_adapter(half, folder / "half", dtype=torch.float16)
+    run(
+        folder,
+        "merge",
+        "half",
+        "half",
+        "-o",
+        "m",
+        "--method",
+        "cat",
+        "--dtype",
+        "float32",
+        "--weights",
+        "0.3,0.7",
+    )
+    assert gap(lo.load_adapter(folder / "m"), lo.load_adapter(folder / "half")) < 1e-6
+
+
+def test_there_and_back_through_every_format(clip):
+    run(clip, "convert", "p", "-o", "k.safetensors", "--to", "kohya")
+    run(clip, "convert", "p", "-o", "d.safetensors", "--to", "diffusers")
+    run(clip, "convert", "k.safetensors", "-o", "back", "--to", "peft", "--like", "q")
+    run(
+        clip,
+        "convert",
+        "k.safetensors",
+        "-o",
+        "k d.safetensors",
+        "--to",
+        "diffusers",
+        "--like",
+        "d.safetensors",
+    )
+    assert gap(lo.load_adapter(clip / "back"), lo.load_adapter(clip / "p")) == 0
+    assert gap(lo.load_adapter(clip / "k d.safetensors"), lo.load_adapter(clip / "d.safetensors")) == 0
+    assert (
+        "convert --like" in run(clip, "convert", "k.safetensors", "-o", "no", "--to", "peft", code=2).stderr
+    )
+    whole = lo.load_adapter(clip / "p")
+    lo.save_adapter(whole.with_modules(dict(list(whole.modules.items())[:1])), clip / "part")
+    words = ["convert", "k.safetensors", "-o", "no", "--to", "peft", "--like", "part"]
+    assert "has no such module" in run(clip, *words, code=2).stderr
+    assert "names for" in run(clip, "convert", "a", "-o", "no.safetensors", "--to", "kohya", code=2).stderr
+
+
+def test_nothing_that_is_there_is_replaced_unasked(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "README.md").write_text("my notes")
+    (folder / "m.recipe.json").write_text("my notes")
+    (folder / "file").write_text("my notes")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for words in (
+        ["merge", "a", "b", "-o", "mine"], ["merge", "a", "b", "-o", "m.safetensors"], ["merge", "a", "b", "-o", "file"],
+        ["export", "s.safetensors", "-o", "a"], ["convert", "a", "-o", "b", "--to", "peft"], ["align", "a", "--to", "b", "-o", "c"],
+        ["compare", "a", "b", "--html", "file"],
+    ):  # fmt: skip
+        assert "exists already" in run(folder, *words, code=2).stderr
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_weights_and_options_reach_the_method(folder):
@@ -136,6 +264,89 @@ def test_a_merge_across_days_is_the_merge_of_all(folder):
     expected = lo.merge([lo.load_adapter(folder / n) for n in "abc"], "opcm", alpha=0.3)
     assert gap(lo.load_adapter(folder / "m"), expected) < 1e-5
     assert "cannot remove a" in run(folder, "remove", "s.safetensors", "a", code=2).stderr
+
+
+def test_a_whitened_sum_forgets_exactly(folder):
+    run(folder, "add", "s.safetensors", "a", "b", "--method", "whitened_sum", "--power", 0)
+    run(folder, "add", "s.safetensors", "c")
+    shutil.copytree(folder / "b", folder / "copy of b")
+    rows = json.loads(run(folder, "remove", "s.safetensors", "copy of b", "--json").stdout)
+    assert [row["name"] for row in rows] == ["a", "c"]
+    run(folder, "export", "s.safetensors", "-o", "m", "--dtype", "float64")
+    expected = lo.merge([lo.load_adapter(folder / n) for n in "ac"], "whitened_sum", power=0)
+    assert gap(lo.load_adapter(folder / "m"), expected) < 1e-6
+    assert (
+        "not those of an adapter in the state (a, c)"
+        in run(folder, "remove", "s.safetensors", "b", code=2).stderr
+    )
+    run(folder, "add", "capped.safetensors", "a", "b", "--method", "whitened_sum", "--cap", 3)
+    assert "cap of 3" in run(folder, "remove", "capped.safetensors", "a", code=2).stderr
+
+
+def test_a_state_keeps_what_it_was_made_with(folder):
+    run(folder, "add", "s.safetensors", "a", "--alpha", 0.3, "--cap", 6)
+    run(folder, "add", "s.safetensors", "b", "--alpha", 0.3, "--cap", 6, "--method", "opcm")
+    whole = (folder / "s.safetensors").read_bytes()
+    for words, message in (
+        (["--alpha", 0.4], "--alpha 0.4: the state was made with 0.3"),
+        (["--cap", 7], "--cap 7: the state was made with 6"),
+        (["--method", "whitened_sum"], "--method whitened_sum: the state was made with opcm"),
+        (["--power", 0.5], "--power 0.5: the state was made with no such option"),
+    ):
+        assert message in run(folder, "add", "s.safetensors", "c", *words, code=2).stderr
+    assert (folder / "s.safetensors").read_bytes() == whole
+    assert (
+        "--alpha is no option"
+        in run(folder, "add", "t", "a", "--method", "whitened_sum", "--alpha", 1, code=2).stderr
+    )
+    assert "no folder" in run(folder, "add", "nowhere/s.safetensors", "a", code=2).stderr
+
+
+@pytest.mark.parametrize("kind", ["opcm", "whitened_sum"])
+def test_damaged_states_are_refused_by_name(folder, kind):
+    run(folder, "add", "s.safetensors", "a", "b", "--method", kind)
+    data, rng = (folder / "s.safetensors").read_bytes(), random.Random(0)
+    damaged, refused = folder / "damaged.safetensors", 0
+    for i in range(300):
+        damaged.write_bytes(rng.choice([flip, cut, header, state_header])(data, rng))
+        out = f"out{i}"
+        try:
+            done = run(folder, "export", "damaged.safetensors", "-o", out)
+            assert lo.load_adapter(folder / out).norm() >= 0 and "Traceback" not in done.stderr
+        except AssertionError:
+            done = run(folder, "export", "damaged.safetensors", "-o", out, code=2)
+            assert "damaged.safetensors" in done.stderr and done.stderr.count("\n") == 1
+            assert not [p for p in folder.iterdir() if p.name.startswith((out, ".out"))]
+            refused += 1
+    assert refused > 100
+
+
+def state_header(data, rng):
+    """Another value somewhere in the JSON that a state keeps in its header."""
+    size = struct.unpack("<Q", data[:8])[0]
+    table = json.loads(data[8 : 8 + size])
+    kept = json.loads(table["__metadata__"]["lora_opcm_state"])
+    part = rng.choice(sorted(kept))
+    if isinstance(kept[part], dict) and rng.random() < 0.8:
+        kept[part][rng.choice(sorted(kept[part]))] = rng.choice(VALUES)
+    else:
+        kept[part] = rng.choice(VALUES)
+    table["__metadata__"]["lora_opcm_state"] = json.dumps(kept)
+    text = json.dumps(table).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+def test_progress_is_for_terminals_and_for_what_takes_long(folder, monkeypatch):
+    assert run(folder, "inspect", "a").stderr == ""
+    shown = io.StringIO()
+    monkeypatch.setattr("lora_opcm.console.err", Console(file=shown, force_terminal=True, width=100))
+    with Steps() as steps:
+        assert list(steps("short", range(3))) == [0, 1, 2]
+    assert shown.getvalue() == ""
+    with Steps() as steps:
+        for _ in steps.of("reading")(iter(range(3)), total=3):
+            time.sleep(0.6)
+    assert "reading" in shown.getvalue() and "2/3" in shown.getvalue()
 
 
 def test_two_processes_that_add_lose_nothing(folder):
@@ -225,7 +436,7 @@ def test_interrupted_it_cleans_up(folder, stop, code, monkeypatch):
     """A signal in the middle of the work: the temporary files go, the old output stays, the exit code says so."""
     run(folder, "merge", "a", "b", "-o", "m")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    write = lo.recipe.write_text
+    write = recipe.write_text
 
     def interrupted(path, text):
         write(path, text)

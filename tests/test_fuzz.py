@@ -7,6 +7,8 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -201,6 +203,23 @@ def unsynced(monkeypatch):
 def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, seed):
     outcome = damage(tmp_path, 300, seed)
     assert outcome["refused"] > 200 and outcome["merge read"] > 30 and sum(outcome.values()) == 600
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["merge", "-o", "out", "sound"], ["add", "state.safetensors"]]
+)
+def test_a_real_process_refuses_a_truncated_file_by_name(tmp_path, words):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("sound", "damaged"):
+        lo.save_adapter(adapter(SHAPES, 4, generator), tmp_path / name)
+    weights = tmp_path / "damaged" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    before = sorted(p for p in tmp_path.rglob("*"))
+    process = [sys.executable, "-c", "from lora_opcm.cli import main; main()", *words, "damaged"]
+    done = subprocess.run(process, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: damaged/adapter_model.safetensors: not a readable safetensors file")
+    assert [p for p in sorted(tmp_path.rglob("*")) if not p.name.endswith(".lock")] == before
 
 
 @pytest.mark.slow
