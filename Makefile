@@ -10,6 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*') _config.yml _toc.yml
 EXECUTED := $(wildcard _build/quick/executed/*.ipynb)
 PROFILE ?= quick
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
 .PHONY: book test quick adapters experiments publish bench pdf figures lint clean help
@@ -25,7 +26,7 @@ book: experiments  ## install, fetch the data, run the experiments, build the si
 
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser
 	@$(MAKE) --no-print-directory _build/site/index.html
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full or gpu; DRY_RUN=1 lists it
 	$(SNAKEMAKE) --config profile=$(PROFILE) $(if $(DRY_RUN),--dry-run)
@@ -36,7 +37,7 @@ publish: experiments  ## put the tables of a full run into data/results (make pu
 	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 
 quick: $(BIN)/.ready  ## the fast tests, under 2 minutes
-	$(BIN)/pytest -m "not slow and not browser and not nightly"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not browser and not nightly"
 
 adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or were trained otherwise
 	$(BIN)/python -m lora_opcm.lab.train data/adapters

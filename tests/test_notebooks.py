@@ -29,7 +29,7 @@ def test_chapter_runs_and_agrees_with_its_outputs(chapter, tmp_path):
         "-m",
         "pytest",
         "--nbval-lax",
-        "--nbval-cell-timeout=120",
+        "--nbval-cell-timeout=300",
         "-q",
         "-p",
         "no:randomly",
@@ -101,6 +101,7 @@ IN_COLAB = ["low_rank_updates", "grassmannian"]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("colab")  # one environment for all
 @pytest.mark.parametrize(
     "chapter",
     [

@@ -15,11 +15,8 @@ from lora_opcm.lowrank import gram_matrix, reduce, reduce_batch
 from lora_opcm.shards import belongs, join, merge_shard
 
 MANY = SHAPES | {f"layers.{i}.{name}": shape for i in range(3) for name, shape in SHAPES.items()}
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
-    pytest.param("mps", marks=pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no MPS")),
-]
+FOUND = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+DEVICES = [name for name, here in FOUND.items() if here]
 
 
 def many(method, dtype=torch.float32, ranks=(3, 3, 3, 3)):
