@@ -23,7 +23,7 @@ __all__ = ["Adapter", "AdapterError", "Kind", "Stored", "combine", "load_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-MAX_TENSORS, MAX_NAME = 100_000, 1000  # a hostile header must not cost more than a large adapter
+MAX_TENSORS, MAX_NAME = 200_000, 500  # a hostile header must not cost more than a large adapter
 LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 DTYPES = {

@@ -79,7 +79,9 @@ def check_config(config: Mapping, where: str) -> None:
         )
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(m, str) for m in saved)):
-        raise AdapterError(f"{where}: modules_to_save is {saved!r}, expected a list of names")
+        raise AdapterError(f"{where}: modules_to_save is {saved!r:.80}, expected a list of names")
+    if saved is not None and len(saved) > 256:
+        raise AdapterError(f"{where}: modules_to_save lists {len(saved)} names, expected at most 256")
 
 
 class Scales:
@@ -109,6 +111,10 @@ class Scales:
             # What `config_for` writes is looked up: a thousand of them would be a million matches.
             literals = {re.sub(r"\\(.)", r"\1", p[1:]): v for p, v in patterns.items()}
             known = [_anchored(name) for name in literals] == list(patterns)
+            if not known and len(patterns) > 4096:
+                raise AdapterError(
+                    f"{where}: {len(patterns)} rank or alpha patterns are too expensive to match safely"
+                )
             self.literals.append(literals if known else {})
             self.expressions.append([] if known else [(self._compile(p), v) for p, v in patterns.items()])
 

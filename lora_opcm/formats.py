@@ -123,8 +123,7 @@ def carried(key: str, modules_to_save: Iterable[str], factors: Mapping[str, Any]
     """
     name = key.removeprefix(PEFT_PREFIX)
     module, _, parameter = name.rpartition(".")
-    parents = [name[:i] for i, c in enumerate(name) if c == "."]
-    if any(parent.endswith(m) for parent in parents for m in modules_to_save if m):  # peft's own rule
+    if any(f"{m}." in name for m in modules_to_save if m):  # peft's own rule: a parent module ends in m
         return name
     full = module.removesuffix(".base_layer") in factors or module.rpartition(".")[2] in EMBEDDINGS
     return name if full and parameter == "weight" else None

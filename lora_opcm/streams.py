@@ -1,5 +1,7 @@
 """The commands on states: add, export, remove."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -118,12 +120,23 @@ def remove(
     _table(merger, as_json)
 
 
-def _locked(state: Path):
-    from filelock import FileLock  # only here: every command waits for what is imported
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """One process at a time."""
+    from filelock import FileLock, Timeout  # only here: every command waits for what is imported
 
     if not state.parent.is_dir():
         raise AdapterError(f"{state}: there is no folder {state.parent}")
-    return FileLock(state.parent / f".{state.name}.lock", timeout=600)
+    lock = FileLock(state.parent / f".{state.name}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        note(f"{state} is in use by another process; waiting for it")
+        lock.acquire(timeout=3600)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load(state: Path) -> ContinualMerger | SumMerger:

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factories import adapter
+from filelock import FileLock
 from rich.console import Console
 from test_fuzz import VALUES, cut, flip, header
 
@@ -347,6 +349,14 @@ def test_progress_is_for_terminals_and_for_what_takes_long(folder, monkeypatch):
         for _ in steps.of("reading")(iter(range(3)), total=3):
             time.sleep(0.6)
     assert "reading" in shown.getvalue() and "2/3" in shown.getvalue()
+
+
+def test_who_waits_for_a_state_is_told(folder):
+    run(folder, "add", "s.safetensors", "a")
+    with FileLock(folder / ".s.safetensors.lock", thread_local=False) as lock:
+        threading.Timer(2, lock.release).start()
+        assert "in use by another process" in run(folder, "add", "s.safetensors", "b").stderr
+    assert lo.ContinualMerger.load(folder / "s.safetensors").state.names == ["a", "b"]
 
 
 def test_two_processes_that_add_lose_nothing(folder):
