@@ -31,6 +31,8 @@ from .console import (
 from .lowrank import LowRank
 from .methods import REGISTRY
 from .parallel import parallel_map
+from .plan import plan
+from .shards import join, merge_shard
 from .similarity import align, similarity
 from .writing import renamed, save_adapter
 
@@ -159,6 +161,9 @@ def merge_(
     format: OutFormat = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, write nothing")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="merge only part i of n, i/n from 0, into a file for `join`")
+    ] = None,
 ):
     """One adapter out of several. Writes the adapter, a recipe and, for PEFT, a model card."""
     options = (
@@ -172,6 +177,12 @@ def merge_(
             raise AdapterError(f"--weights {weights}: expected numbers with commas between them") from None
     if not dry_run:
         recipe.refuse_existing(output, overwrite)
+    if shard is not None:
+        with Steps() as steps:
+            hashes = [(path.name, recipe.digest(path)) for path in steps("hashing", adapters)]
+            progress = steps.of(f"merging part {shard}")
+            path = merge_shard(adapters, output, _shard(shard), hashes=hashes, progress=progress, **call)
+        return note(f"wrote {path}: part {shard}; `lora-opcm join` takes all parts")
     dropped: dict[str, float] = {}
     with Steps() as steps:
         loaded = [load_adapter(path) for path in steps("reading", adapters)]
@@ -190,6 +201,13 @@ def merge_(
     )
 
 
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise AdapterError(f"--shard {text}: expected i/n with 0 ≤ i < n, such as 0/3")
+    return int(index), int(count)
+
+
 def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:
     total: dict[str, int] = {}
     for adapter in loaded:
@@ -198,6 +216,11 @@ def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:
     say(f"would merge {len(loaded)} adapters, {len(total)} modules, by {call}")
     rank = call.get("rank")
     say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
+    planned = plan(loaded, call["method"], rank=rank)
+    say(
+        f"would read {planned.read / 1e9:.2f} GB, hold {planned.peak / 1e9:.2f} GB of tensors, write"
+        f" {planned.written / 1e9:.2f} GB, and take about {planned.seconds:.1f} s here"
+    )
     try:
         recipe.refuse_existing(output, overwrite)
     except AdapterError as error:
@@ -205,6 +228,22 @@ def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:
         return 1
     say(f"would write {output}")
     return 0
+
+
+@app.command("join")
+def join_(
+    parts: Annotated[list[Path], typer.Argument(help="files of `merge --shard`, all of one merge")],
+    output: Output,
+    format: OutFormat = None,
+    overwrite: Overwrite = False,
+):
+    """The parts of a merge as one adapter: the same bytes as a merge in one go."""
+    recipe.refuse_existing(output, overwrite)
+    merged, call, dropped, inputs = join(parts)
+    path = recipe.write_merge(
+        merged, output, inputs, call, dropped, format and format.value, overwrite=overwrite
+    )
+    note(f"wrote {path}: {len(merged.modules)} modules, norm {merged.norm():.4g}")
 
 
 @app.command()

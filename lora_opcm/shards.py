@@ -1,7 +1,7 @@
 """Merging by shards of modules, in processes or on machines that share nothing, to the bytes of one process.
 
     merge_shard(["a", "b"], "part0.safetensors", (0, 3), "opcm", rank=16)     three times, anywhere
-    adapter, call, dropped = join(["part0.safetensors", "part1.safetensors", "part2.safetensors"])
+    adapter, call, dropped, inputs = join(["part0.safetensors", "part1.safetensors", "part2.safetensors"])
 
 A merge treats its modules one by one, with random masks seeded by their names; all that ties them together is one
 factor of the whole adapter (`Part.finish`). So a process reads the tensors of its own modules only, and writes
@@ -30,9 +30,13 @@ def merge_shard(
     output: str | os.PathLike,
     shard: tuple[int, int],
     method: str = "opcm",
+    *,
+    hashes: Sequence[tuple[str, str]] = (),
     **call,
 ) -> Path:
     """Merge the modules of shard (index, count), 0 ≤ index < count; `call` is as for `merge`.
+
+    `hashes` are names and sha256 of the inputs, which `join` hands on for a recipe.
 
     Writes a state file: merged factors in float32 (64), full tensors of `modules_to_save` whose names fall into
     the shard, and what else `join` needs in its header. Only tensors of the shard are read.
@@ -49,14 +53,19 @@ def merge_shard(
         [load_adapter(path, only=lambda name: belongs(name, shard)) for path in inputs], method, **call
     )
     said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
-    header = {"shard": [index, count], "call": said, "modules": list(part.adapter.modules)}
+    header = {
+        "shard": [index, count],
+        "call": said,
+        "inputs": list(map(list, hashes)),
+        "modules": list(part.adapter.modules),
+    }
     tensors = {f"left/{name}": u.left for name, u in part.adapter.modules.items()}
     tensors |= {f"right/{name}": u.right for name, u in part.adapter.modules.items()}
     header |= {"dropped": part.dropped, "sizes": part.sizes}
     return save_state(output, "shard", part.adapter, header, tensors)
 
 
-def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, dict[str, float]]:
+def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, dict[str, float], list]:
     """All shards of a merge, in any order, as one adapter: the bytes `merge` would have given.
 
     Returns
@@ -66,6 +75,8 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, dict[str, f
         The arguments of the merge, for a recipe.
     dropped : dict of str to float
         As of `merge`.
+    inputs : list of [name, sha256]
+        As given to `merge_shard`.
 
     Raises
     ------
@@ -77,11 +88,11 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, dict[str, f
     for path in paths:
         header, part = load_state(path, "shard", _part)
         index, count = header["shard"]
-        expected = expected or (count, header["call"])
-        if expected != (count, header["call"]):
+        expected = expected or (count, header["call"], header["inputs"])
+        if expected != (count, header["call"], header["inputs"]):
             raise AdapterError(
                 f"{path}: expected one of {expected[0]} shards of {expected[1]}, got one of {count} of"
-                f" {header['call']}"
+                f" {header['call']}" + " with other inputs" * (expected[2] != header["inputs"])
             )
         if index in found:
             raise AdapterError(f"{path}: shard {index} of {count} is given twice")
@@ -100,7 +111,7 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, dict[str, f
     }
     dropped = _united(p.dropped for p in parts)
     whole = Part(replace(like, **fields), dropped, _united(p.sizes for p in parts))
-    return whole.finish(), expected[1], dropped
+    return whole.finish(), expected[1], dropped, expected[2]
 
 
 def _united(dicts: Iterable[dict]) -> dict:

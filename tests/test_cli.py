@@ -67,6 +67,27 @@ def test_inspect_says_what_is_there(folder):
     assert "layers.1.up" in run(folder, "inspect", "a").stdout
 
 
+def test_parts_join_to_the_bytes_of_one_merge(folder):
+    options = ("--method", "opcm", "--rank", 3)
+    run(folder, "merge", "a", "b", "c", "-o", "whole", *options)
+    for i in range(2):
+        run(folder, "merge", "a", "b", "c", "-o", f"part{i}", "--shard", f"{i}/2", *options)
+    assert "missing: [1]" in run(folder, "join", "part0", "-o", "joined", code=2).stderr
+    assert not (folder / "joined").exists()
+    run(folder, "join", "part1", "part0", "-o", "joined")
+    name = "adapter_model.safetensors"
+    assert (folder / "joined" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    run(folder, "verify", "a", "b", "c", "--against", "joined")
+    for wrong in ("2/2", "1", "-1/2", "a/b"):
+        assert wrong in run(folder, "merge", "a", "b", "-o", "x", "--shard", wrong, code=2).stderr
+
+
+def test_dry_run_says_what_it_would_take(folder):
+    said = run(folder, "merge", "a", "b", "-o", "new", "--rank", 3, "--dry-run").stdout
+    assert "summed rank up to 8, cut to 3" in said and "would read 0.00 GB" in said
+    assert not (folder / "new").exists()
+
+
 def test_inspect_names_what_is_odd(folder):
     a = lo.load_adapter(folder / "a")
     modules = dict(a.modules)
