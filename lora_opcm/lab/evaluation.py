@@ -1,18 +1,24 @@
 """Accuracy of an adapter on many tasks at once, with bootstrap intervals."""
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from ..adapters import Adapter
+from ..writing import save_adapter
 from .assets import cache_dir
-from .encoder import MINILM, embed, head, load_base, pad, tokenise
+from .bases import load
+from .encoder import MINILM
 from .tasks import Task
 
 TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger ones are slower on a CPU
@@ -27,32 +33,62 @@ def bfloat16_here() -> bool:
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
+def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with its modules named as in `model`.
+
+    Some published adapters were made on an inner part of the model (KnOTS: on the vision tower alone), so
+    their names lack its prefix.
+
+    Raises
+    ------
+    ValueError
+        If no prefix makes every name one of the model's: the wrong base model.
+    """
+    modules = dict(model.named_modules())
+    first = next(iter(adapter.modules), "")
+    prefixes = ["", *(m.removesuffix(first) for m in modules if m.endswith(f".{first}"))]
+    for prefix in prefixes:
+        if all(prefix + name in modules for name in adapter.modules):
+            return (
+                adapter.with_modules({prefix + n: u for n, u in adapter.modules.items()})
+                if prefix
+                else adapter
+            )
+    unknown = next(name for name in adapter.modules if name not in modules)
+    raise ValueError(f"the base model has no module {unknown!r}: adapter of another model?")
+
+
 @contextmanager
 def applied(
     model: torch.nn.Module, adapter: Adapter | None, exact: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[torch.nn.Module]:
     """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
 
-    `exact` holds W in float32 for a model in less, so that the sum is rounded once.
+    The sum is taken in float32 and rounded once; `exact` holds W in float32 for a model in less. Weights in 4
+    or 8 bits cannot be added to: there the adapter is attached by peft, beside them, as `attached` does.
 
     Raises
     ------
     ValueError
         If the model lacks a module of the adapter, or a weight has another shape: the wrong base model.
     """
+    if adapter is None:
+        yield model
+        return
+    adapter = fitted(model, adapter)
+    weights = {name: model.get_submodule(name).weight for name in adapter.modules}
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        with attached(model, adapter):
+            yield model
+        return
     saved = {}
     try:
-        for name, update in (adapter.modules if adapter else {}).items():
-            try:
-                weight = model.get_submodule(name).weight
-            except AttributeError:
-                raise ValueError(
-                    f"the base model has no module {name!r}: adapter of another model?"
-                ) from None
+        for name, update in adapter.modules.items():
+            weight = weights[name]
             if tuple(weight.shape) != update.shape:
                 raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
             saved[name] = weight.detach().clone()
-            w = exact[f"{name}.weight"] if exact else weight
+            w = exact[f"{name}.weight"] if exact else weight.detach().float()
             weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w)))
         yield model
     finally:
@@ -60,21 +96,77 @@ def applied(
             model.get_submodule(name).weight.data.copy_(weight)
 
 
-class Evaluator:
-    """Evaluates adapters on fixed texts: tokenised and sorted by length once, embedded in one sweep.
+@contextmanager
+def attached(model: torch.nn.Module, adapter: Adapter) -> Iterator[torch.nn.Module]:
+    """The model with the adapter beside its weights, in peft's layers; they are taken out on the way out."""
+    adapter = fitted(model, adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(adapter, Path(folder, "adapter"), format="peft")
+        wrapped = PeftModel.from_pretrained(model, Path(folder, "adapter"))
+    try:
+        yield model
+    finally:
+        wrapped.unload()
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Numbers to hash: what pickles of a tensor say depends on where in memory it lies."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class Remembering:
+    """Answers `correct` from disk where the same was asked before; `_correct` finds out what is new."""
+
+    memory: Path | None = None
+    tasks: dict
+    fast: bool | str
+
+    def correct(
+        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Per task, how right each example is with `adapter` (None: zero-shot), shape=[examples].
+
+        Classification gives booleans, generation the metric of each answer, in [0, 1].
+        """
+        names = list(tasks or self.tasks)
+        if self.memory is None:
+            return self._correct(adapter, names, progress)
+        modules = sorted(adapter.modules.items()) if adapter else None
+        content = modules and {n: (_array(u.left), _array(u.right)) for n, u in modules}
+        known = joblib.hash([content, self.fast])
+        files = {n: self.memory / f"{joblib.hash([known, *self._content(n)])}.npy" for n in names}
+        new = [n for n in names if not files[n].exists()]
+        for n, found in (self._correct(adapter, new, progress) if new else {}).items():
+            self.memory.mkdir(parents=True, exist_ok=True)
+            scratch = files[n].with_suffix(f".{os.getpid()}.tmp.npy")
+            np.save(scratch, found)
+            os.replace(scratch, files[n])
+        return {n: np.load(files[n]) for n in names}
+
+
+class Evaluator(Remembering):
+    """Evaluates adapters on fixed texts or images: encoded and sorted by length once, embedded in one sweep.
 
     Parameters
     ----------
     tasks : sequence of Task
     split : {"test", "validation"}
     limit : int, optional
-        Texts per task; the splits are shuffled, so the first ones are a sample. None takes all.
+        Examples per task; the splits are shuffled, so the first ones are a sample. None takes all.
+    base : str
+        A sentence encoder or a CLIP model, by name or folder.
     remember : bool
-        Keep what was found on disk, by the content of adapter, texts, labels and head: an experiment that
+        Keep what was found on disk, by the content of adapter, examples, labels and head: an experiment that
         was interrupted goes on where it stopped, and one that asks again is answered at once.
     fast : bool
         Run the model in bfloat16 where the processor can (`bfloat16_here`); twice as fast. The update is
         added to the weights in float32 either way.
+
+    Raises
+    ------
+    ValueError
+        If the base is a causal language model, which `harness.Harness` evaluates.
     """
 
     def __init__(
@@ -89,55 +181,52 @@ class Evaluator:
         self.fast = fast and bfloat16_here()
         self.memory = cache_dir() / "evaluations" if remember else None
         self.tasks = {task.name: task for task in tasks}
-        self.model, tokenizer = load_base(base)
+        self.base = load(base)
+        if self.base.family == "causal":
+            raise ValueError(
+                f"{base}: a causal language model has no frozen head; evaluate it with harness.Harness"
+            )
+        self.model = self.base.model
         if torch.cuda.is_available():
             self.model.cuda()
-        self.heads = {task.name: head(task, self.model, tokenizer) for task in tasks}
+        self.heads = {task.name: self.base.head(task) for task in tasks}
         self.exact = None
         if self.fast:
             self.exact = {name: w.detach().clone() for name, w in self.model.named_parameters()}
             self.model.bfloat16()
-        self.pad_id = tokenizer.pad_token_id
         self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
-        self.ids = {task.name: tokenise(task[split]["text"][:limit], tokenizer) for task in tasks}
+        self.ids = {task.name: self.base.encode(task, split, limit) for task in tasks}
 
     @property
     def precision(self) -> str:
         """Of the matrix products, for results tables."""
         return "bfloat16" if self.fast else "float32"
 
-    def correct(
-        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
-    ) -> dict[str, np.ndarray]:
-        """Per task, which texts are classified correctly with `adapter` (None: zero-shot), shape=[texts]."""
-        names = list(tasks or self.tasks)
-        if self.memory is None:
-            return self._correct(adapter, names, progress)
-        content = {n: (u.left, u.right) for n, u in sorted(adapter.modules.items())} if adapter else None
-        known = joblib.hash([content, self.fast])
-        files = {
-            n: self.memory / f"{joblib.hash([known, self.ids[n], self.labels[n], self.heads[n]])}.npy"
-            for n in names
-        }
-        new = [n for n in names if not files[n].exists()]
-        for n, found in (self._correct(adapter, new, progress) if new else {}).items():
-            self.memory.mkdir(parents=True, exist_ok=True)
-            scratch = files[n].with_suffix(f".{os.getpid()}.tmp.npy")
-            np.save(scratch, found)
-            os.replace(scratch, files[n])
-        return {n: np.load(files[n]) for n in names}
+    def _content(self, name: str) -> list:
+        return [self.base.content(self.ids[name]), self.labels[name], _array(self.heads[name])]
 
     @torch.inference_mode()
     def _correct(self, adapter: Adapter | None, names: list[str], progress: str) -> dict[str, np.ndarray]:
-        rows = [(ids, name) for name in names for ids in self.ids[name]]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-        vectors = [None] * len(rows)
-        bar = tqdm(total=len(rows), desc=progress, disable=not progress)
+        examples = ConcatDataset([self.ids[name] for name in names])
+        lengths = [n for name in names for n in self.base.lengths(self.ids[name])]
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+        cuda = self.model.device.type == "cuda"
+        budget, batches = TOKENS_PER_BATCH * (16 if cuda else 1), []
+        while order:
+            size = max(1, budget // lengths[order[0]])
+            batches.append(order[:size])
+            order = order[size:]
+        loader = DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=self.base.collate,
+            num_workers=min(self.base.workers, os.cpu_count() or 1) if cuda else 0,
+        )
+        vectors = [None] * len(examples)
+        bar = tqdm(total=len(examples), desc=progress, disable=not progress)
         with applied(self.model, adapter, self.exact), bar:
-            while order:
-                size = max(1, TOKENS_PER_BATCH // len(rows[order[0]][0]))
-                batch, order = order[:size], order[size:]
-                z = embed(self.model, **pad([rows[i][0] for i in batch], self.pad_id, self.model.device))
+            for batch, features in zip(batches, loader):
+                z = self.base.embed(self.model, {k: t.to(self.model.device) for k, t in features.items()})
                 for i, vector in zip(batch, z):
                     vectors[i] = vector
                 bar.update(len(batch))
