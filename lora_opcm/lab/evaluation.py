@@ -1,22 +1,19 @@
 """Accuracy of an adapter on many tasks at once, with bootstrap intervals."""
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from ..adapters import Adapter
-from ..writing import save_adapter
 from .assets import cache_dir
+from .attach import applied
 from .bases import load
 from .encoder import MINILM
 from .tasks import Task
@@ -33,86 +30,15 @@ def bfloat16_here() -> bool:
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
-def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with its modules named as in `model`.
-
-    Some published adapters were made on an inner part of the model (KnOTS: on the vision tower alone), so
-    their names lack its prefix.
-
-    Raises
-    ------
-    ValueError
-        If no prefix makes every name one of the model's: the wrong base model.
-    """
-    modules = dict(model.named_modules())
-    first = next(iter(adapter.modules), "")
-    prefixes = ["", *(m.removesuffix(first) for m in modules if m.endswith(f".{first}"))]
-    for prefix in prefixes:
-        if all(prefix + name in modules for name in adapter.modules):
-            return (
-                adapter.with_modules({prefix + n: u for n, u in adapter.modules.items()})
-                if prefix
-                else adapter
-            )
-    unknown = next(name for name in adapter.modules if name not in modules)
-    raise ValueError(f"the base model has no module {unknown!r}: adapter of another model?")
-
-
-@contextmanager
-def applied(
-    model: torch.nn.Module, adapter: Adapter | None, exact: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[torch.nn.Module]:
-    """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
-
-    The sum is taken in float32 and rounded once; `exact` holds W in float32 for a model in less. Weights in 4
-    or 8 bits cannot be added to: there the adapter is attached by peft, beside them, as `attached` does.
-
-    Raises
-    ------
-    ValueError
-        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model.
-    """
-    if adapter is None:
-        yield model
-        return
-    adapter = fitted(model, adapter)
-    weights = {name: model.get_submodule(name).weight for name in adapter.modules}
-    if not all(weight.is_floating_point() for weight in weights.values()):
-        with attached(model, adapter):
-            yield model
-        return
-    saved = {}
-    try:
-        for name, update in adapter.modules.items():
-            weight = weights[name]
-            if tuple(weight.shape) != update.shape:
-                raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
-            saved[name] = weight.detach().clone()
-            w = exact[f"{name}.weight"] if exact else weight.detach().float()
-            weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w)))
-        yield model
-    finally:
-        for name, weight in saved.items():
-            model.get_submodule(name).weight.data.copy_(weight)
-
-
-@contextmanager
-def attached(model: torch.nn.Module, adapter: Adapter) -> Iterator[torch.nn.Module]:
-    """The model with the adapter beside its weights, in peft's layers; they are taken out on the way out."""
-    adapter = fitted(model, adapter)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(adapter, Path(folder, "adapter"), format="peft")
-        wrapped = PeftModel.from_pretrained(model, Path(folder, "adapter"))
-    try:
-        yield model
-    finally:
-        wrapped.unload()
-
-
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """Numbers to hash: what pickles of a tensor say depends on where in memory it lies."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def content(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The numbers of an adapter by module, in an order and a form that hash alike in every process."""
+    return {n: (_array(u.left), _array(u.right)) for n, u in sorted(adapter.modules.items())}
 
 
 class Remembering:
@@ -132,9 +58,7 @@ class Remembering:
         names = list(tasks or self.tasks)
         if self.memory is None:
             return self._correct(adapter, names, progress)
-        modules = sorted(adapter.modules.items()) if adapter else None
-        content = modules and {n: (_array(u.left), _array(u.right)) for n, u in modules}
-        known = joblib.hash([content, self.fast])
+        known = joblib.hash([content(adapter) if adapter else None, self.fast])
         files = {n: self.memory / f"{joblib.hash([known, *self._content(n)])}.npy" for n in names}
         new = [n for n in names if not files[n].exists()]
         for n, found in (self._correct(adapter, new, progress) if new else {}).items():
@@ -240,7 +164,7 @@ class Evaluator(Remembering):
 
 
 def own_correct(
-    evaluator: Evaluator, adapters: dict[str, Adapter], progress: str = ""
+    evaluator: Remembering, adapters: dict[str, Adapter], progress: str = ""
 ) -> dict[str, np.ndarray]:
     """Each task with its own adapter: what merging is measured against."""
     found = {}

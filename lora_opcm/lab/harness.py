@@ -13,9 +13,10 @@ import yaml
 
 from ..adapters import Adapter
 from .assets import AssetError, cache_dir
+from .attach import applied
 from .bases import load
 from .causal import Causal, Function, Prompts
-from .evaluation import Remembering, applied
+from .evaluation import Remembering
 
 
 class Harness(Remembering):

@@ -82,7 +82,8 @@ def load_task_of(kind: str, name: str, sources: str):
 
 def up_to_date(folder: Path, protocol: Protocol, name: str, sources: str) -> bool:
     """Whether the adapter in `folder` was trained by this protocol on this data."""
-    done = read_manifest(folder.parent).get(name)
+    own = folder / "training.json"
+    done = json.loads(own.read_text()) if own.exists() else read_manifest(folder.parent).get(name)
     if not done or not (folder / "adapter_model.safetensors").exists():
         return False
     return (
@@ -116,6 +117,7 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
         found["zero_shot"] = round(float(evaluator.correct()[name].mean()), 4)
         found["own"] = round(float(evaluator.correct(load_adapter(folder / name))[name].mean()), 4)
     entry = manifest_entry(data, folder / name, protocol, **found)
+    (folder / name / "training.json").write_text(json.dumps(entry, indent=1) + "\n")
     with FileLock(cache_dir() / "manifest.lock"):  # other tasks may train beside this one
         manifest = read_manifest(folder) | {name: entry}
         (folder / "manifest.json").write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")

@@ -35,7 +35,12 @@ class Images:
 class Clip:
     """A CLIP checkpoint as a base model; `bases` says what the methods are for."""
 
-    family, task_type, targets, workers = "clip", None, CLIP_LINEAR, 8  # peft knows no task for image embeddings
+    family, task_type, targets, workers = (
+        "clip",
+        None,
+        CLIP_LINEAR,
+        8,
+    )  # peft knows no task for image embeddings
 
     def __init__(self, name: str):
         self.name = name
@@ -48,7 +53,7 @@ class Clip:
             raise AssetError(
                 f"cannot load the CLIP model {name!r}: {str(error).strip().splitlines()[0]}"
             ) from None
-        self.scale = float(whole.logit_scale.exp())
+        self.scale = float(whole.logit_scale.detach().exp())
         self.text = whole
         # A model whose forward is the image embedding: what DistributedDataParallel and FSDP wrap.
         self.model = CLIPVisionModelWithProjection(whole.config.vision_config).eval()
