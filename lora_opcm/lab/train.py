@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
 from filelock import FileLock
 
 from ..adapters import AdapterError, load_adapter
@@ -28,6 +27,7 @@ from .training import (
     Protocol,
     last_checkpoint,
     manifest_entry,
+    processes,
     save_adapter_half,
     train_adapter,
 )
@@ -65,7 +65,7 @@ def train(
     for name in task or tasks():
         if not up_to_date(folder / name, protocol, name, sources):
             train_one(folder, name, protocol, sources, report_to)
-        elif PartialState().is_main_process:
+        elif processes().is_main_process:
             typer.echo(f"{name}: up to date")
 
 
@@ -99,11 +99,15 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
     # A run is resumed only by the protocol and the data that began it.
     content = zlib.crc32(json.dumps([asdict(protocol), data.sha256]).encode())
     run = cache_dir() / "runs" / f"{slug(protocol.base)}-{name}-seed{protocol.seed}-{content:08x}"
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     if main:
         found = last_checkpoint(run)
-        typer.echo(f"{name}: training" + (f", resumed from {Path(found).name}" if found else ""))
-    PartialState().wait_for_everyone()
+        count = processes().num_processes
+        told = [f"{count} processes"] * (count > 1) + [
+            f"resumed from {Path(found).name}" for found in [found] if found
+        ]
+        typer.echo(", ".join([f"{name}: training", *told]))
+    processes().wait_for_everyone()
     train_adapter(data, run, protocol, report_to=report_to)
     if not main:
         return

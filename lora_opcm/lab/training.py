@@ -138,6 +138,12 @@ def train_adapter(
     return model.eval()
 
 
+def processes() -> PartialState:
+    """The processes this one trains together with: one, or as many as `accelerate launch` started."""
+    # Without being told, Accelerate takes processes that have no accelerator for so many lone ones.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def last_checkpoint(folder: Path | str) -> str | None:
     """The newest checkpoint in `folder` that was written to its end; one cut short is removed."""
     whole = {}
@@ -150,12 +156,12 @@ def last_checkpoint(folder: Path | str) -> str | None:
 
 
 def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> TrainingArguments:
-    processes = PartialState().num_processes
-    share = protocol.batch_size // processes
-    at_once = protocol.device_batch or share
-    if share * processes != protocol.batch_size or share % at_once:
+    count = processes().num_processes
+    share = protocol.batch_size // count
+    at_once = min(protocol.device_batch or share, share)
+    if share * count != protocol.batch_size or share % at_once:
         raise ValueError(
-            f"a batch of {protocol.batch_size} cannot be shared by {processes} processes, {at_once} examples at once"
+            f"a batch of {protocol.batch_size} cannot be shared by {count} processes, {at_once} examples at once"
         )
     cuda = torch.cuda.is_available()
     return TrainingArguments(
@@ -180,6 +186,7 @@ def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> Tra
         label_names=["labels"],
         remove_unused_columns=False,
         seed=start,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=cuda and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=cuda,
         dataloader_num_workers=min(8, os.cpu_count() or 1) if cuda else 0,
