@@ -86,6 +86,8 @@ def answers(row: dict) -> list[str]:
 SUMMARY = "Summarize the following article:\n\n{{{}}}\n\nSummary:"
 # Tasks of the harness are used as they are. It has no plain SQuAD 1.1 and no XSum without a further library:
 # the first is a config of ours with its exact match, the second its CNN/DailyMail task with another data set.
+# Nothing here has been run against the hub: repositories and columns are those of the harness's own configs, but
+# for rajpurkar/squad and EdinburghNLP/xsum, which could not be checked.
 PROMPTED = {
     "squad": Recipe(
         "rajpurkar/squad", "{context}\n\nQuestion: {question}\nAnswer:", " {answers[text][0]}", "exact_match",

@@ -1,9 +1,9 @@
 """Tasks from the Hugging Face hub: GLUE pairs, the eight vision tasks of the merging literature, and any other.
 
 Every loader takes a hub name or a folder: one that `datasets` saved, or one with parquet files as the hub
-keeps them. Nothing here has been run against the hub. That the vision repositories exist, and the order of
-the classes we name ourselves, was checked in the configuration and the class lists of FusionBench; that SUN397
-and Stanford Cars carry their class names (`ClassLabel`), and which splits each has, was not.
+keeps them. Nothing here has been run against the hub. The repositories of the vision tasks and the order of
+the classes named here are those of FusionBench's configuration; that SUN397 and Stanford Cars carry their class
+names (`ClassLabel`), and the splits of each repository, could not be checked.
 """
 
 from dataclasses import dataclass
