@@ -73,6 +73,10 @@ def test_what_cannot_be_done_is_refused_by_name(tiny, monkeypatch):
         load(str(tiny / "tiny-clip"), "4bit")
     with pytest.raises(ValueError, match="quantise is '3bit'"):
         load(llama, "3bit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(causal, "is_bitsandbytes_available", lambda: True)
+    with pytest.raises(AssetError, match="'4bit' needs a GPU"):
+        load(llama, "4bit")
     monkeypatch.setattr(causal, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(AssetError, match="needs bitsandbytes"):
         load(llama, "8bit")
@@ -173,6 +177,24 @@ def test_attached_answers_as_added_and_leaves_nothing_behind(tiny):
     assert torch.allclose(added, beside, atol=1e-4) and not torch.allclose(added, before, atol=1e-2)
     assert torch.equal(before, after)
     assert not any("lora" in name for name, _ in base.model.named_parameters())
+
+
+def test_an_8_bit_base_answers_with_an_adapter_beside_it(tiny):
+    """As the float32 base with the update added, up to what rounding the base to 8 bits does by itself."""
+    pytest.importorskip("bitsandbytes")
+    base, exact = load(str(tiny / "tiny-llama"), "8bit"), load(str(tiny / "tiny-llama"))
+    adapter = random_adapter(exact.model, exact.targets, scale=0.03)
+    ids = torch.arange(5, 25)[None]
+    found = {}
+    with torch.inference_mode():
+        for name, model in (("8bit", base.model), ("exact", exact.model)):
+            found[name] = [model(input_ids=ids).logits]
+            with applied(model, adapter):
+                found[name].append(model(input_ids=ids).logits)
+        assert torch.equal(base.model(input_ids=ids).logits, found["8bit"][0])
+    alone, beside = (float((x - y).norm() / y.norm()) for x, y in zip(found["8bit"], found["exact"]))
+    moved = float((found["exact"][1] - found["exact"][0]).norm() / found["exact"][0].norm())
+    assert beside < 3 * alone < 0.1 < moved
 
 
 def test_a_half_precision_base_gets_the_sum_rounded_once(tiny):

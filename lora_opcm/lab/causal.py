@@ -204,7 +204,7 @@ def quantisation(quantise: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     ValueError
         For another word.
     AssetError
-        If bitsandbytes is not installed.
+        If bitsandbytes is not installed, or 4 bits are asked for without a GPU.
     """
     kinds: dict[str, Callable] = {
         "4bit": lambda: BitsAndBytesConfig(
@@ -216,4 +216,8 @@ def quantisation(quantise: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(f"quantise is {quantise!r}, expected '', '4bit' or '8bit'")
     if not is_bitsandbytes_available():
         raise AssetError(f"quantise={quantise!r} needs bitsandbytes: pip install 'lora-opcm[llm]'")
+    if quantise == "4bit" and not torch.cuda.is_available():
+        # On CPUs bitsandbytes 0.50 packs the weights at their first use; an adapter that peft attaches to a
+        # model after that gives wrong answers, and so does the model from then on.
+        raise AssetError("quantise='4bit' needs a GPU; on CPUs use '8bit'")
     return kinds[quantise]()
