@@ -3,12 +3,12 @@ SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 BIN := .venv/bin
 export LORA_OPCM_CACHE ?= $(CURDIR)/.cache
-export HF_HUB_OFFLINE ?= 1
+export HF_HUB_OFFLINE ?= $(if $(filter gpu,$(PROFILE)),0,1)# only that profile needs the hub
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that others use
 
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*') _config.yml _toc.yml
-EXECUTED := $(wildcard _build/quick/executed/*.ipynb)
+EXECUTED := $(wildcard _build/quick/executed/*.ipynb _build/gpu/executed/*.ipynb)
 PROFILE ?= quick
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
@@ -28,11 +28,11 @@ test: experiments  ## unit tests, every chapter under nbval, the site in a brows
 	@$(MAKE) --no-print-directory _build/site/index.html
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
-experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full or gpu; DRY_RUN=1 lists it
+experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full, gpu or rehearsal; DRY_RUN=1 lists it
 	$(SNAKEMAKE) --config profile=$(PROFILE) $(if $(DRY_RUN),--dry-run)
 
-publish: experiments  ## put the tables of a full run into data/results (make publish PROFILE=full)
-	@test $(PROFILE) != quick || { echo "the quick profile is no published run: make publish PROFILE=full"; exit 1; }
+publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a full run into data/results (make publish PROFILE=full)
+	@test -n "$(filter full gpu,$(PROFILE))" || { echo "the $(PROFILE) profile is no published run: make publish PROFILE=full"; exit 1; }
 	cp _build/$(PROFILE)/results/*.csv data/results/
 	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 

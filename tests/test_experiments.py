@@ -42,7 +42,9 @@ def jobs(done):
     assert done.returncode == 0, done.stderr[-2000:]
     return {
         name: int(count)
-        for name, count in re.findall(r"^(adapter|notebook|all) +(\d+)$", done.stdout + done.stderr, re.M)
+        for name, count in re.findall(
+            r"^(tiny|adapter|notebook|all) +(\d+)$", done.stdout + done.stderr, re.M
+        )
     }
 
 
@@ -68,11 +70,13 @@ def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
         ):
             folder = checkout / "_build" / "adapters" / f"seed{seed}" / task
             folder.mkdir(parents=True)
-            (folder / "adapter_model.safetensors").touch()
+            for file in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
+                (folder / file).touch()
     for name in PROFILES["full"]["notebooks"]:
-        out = checkout / "_build" / "full" / "executed" / f"{name}.ipynb"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.touch()
+        for out in (f"executed/{name}.ipynb", f"results/{name}.csv"):
+            path = checkout / "_build" / "full" / out
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     assert "Nothing to be done" in (lambda d: d.stdout + d.stderr)(
         snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")
     )
@@ -91,6 +95,56 @@ def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
 def test_slurm_profile_plans_the_same_jobs(checkout):
     done = snakemake(checkout, "--profile", "profiles/slurm", "--config", "profile=full")
     assert jobs(done)["adapter"] == 16
+
+
+def grown(profile):
+    """How many adapters the notebooks of a profile train: one a base, task and seed."""
+    every, count = PROFILES[profile]["every"], 0
+    for name, own in PROFILES[profile]["notebooks"].items():
+        cell = next(
+            c
+            for c in nbformat.read(FOLDER / f"{name}.ipynb", 4).cells
+            if "parameters" in c.metadata.get("tags", [])
+        )
+        given = {}
+        exec(cell.source, given)
+        given |= every | own
+        count += len(given["bases"]) * len(given["tasks"]) * len(given["seeds"])
+    return count
+
+
+def test_gpu_profile_lists_every_adapter_and_every_notebook(checkout):
+    done = snakemake(checkout, "--config", "profile=gpu")
+    assert jobs(done) == {"adapter": grown("gpu"), "notebook": 3, "all": 1}
+    told = done.stdout + done.stderr
+    for base in ("clip-vit-base-patch32", "clip-vit-base-patch16", "clip-vit-large-patch14"):
+        assert f"_build/gpu/adapters/{base}/seed2/sun397/adapter_model.safetensors" in told
+    assert "_build/gpu/adapters/Llama-2-7b-hf/seed0/humaneval/adapter_model.safetensors" in told
+
+
+def test_rehearsal_is_the_gpu_profile_on_tiny_checkpoints(checkout):
+    assert set(PROFILES["rehearsal"]["notebooks"]) == set(PROFILES["gpu"]["notebooks"])
+    expected = {"tiny": 1, "adapter": grown("rehearsal"), "notebook": 3, "all": 1}
+    assert jobs(snakemake(checkout, "--config", "profile=rehearsal")) == expected
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
+def test_clusters_plan_the_gpu_profile_through_accelerate(checkout, cluster, monkeypatch):
+    pytest.importorskip(f"snakemake_executor_plugin_{cluster}")
+    monkeypatch.setenv("LORA_OPCM_CACHE", "/work/cache")
+    done = snakemake(checkout, "-p", "--profile", f"profiles/{cluster}", "--config", "profile=gpu",
+                     "accelerate=profiles/accelerate/one.yaml")  # fmt: skip
+    assert jobs(done)["adapter"] == grown("gpu")
+    assert (
+        "accelerate.commands.launch --config_file profiles/accelerate/one.yaml -m lora_opcm.lab.train"
+        in done.stdout + done.stderr
+    )
+
+
+@pytest.mark.parametrize("profile", ["quick", "rehearsal"])
+def test_only_real_runs_are_published(profile):
+    done = subprocess.run(["make", "publish", f"PROFILE={profile}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and f"the {profile} profile is no published run" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -124,7 +178,7 @@ def test_no_number_in_the_prose_was_typed(notebook):
 @pytest.mark.parametrize("table", sorted((ROOT / "data" / "results").glob("*.csv")), ids=lambda p: p.stem)
 def test_published_tables_come_from_a_full_run_and_can_be_traced(table):
     rows = pd.read_csv(table)
-    assert set(rows.profile) == {"full"} and rows.version.notna().all()
+    assert set(rows.profile) in ({"full"}, {"gpu"}) and rows.version.notna().all()
     if table.stem not in ("cost", "training_curves", "bake_off_grid"):
         assert rows.adapters.notna().all()
 

@@ -1,4 +1,4 @@
-"""The base model as a sentence encoder, and the frozen head made of label sentences.
+"""Base models that are sentence encoders, and the frozen head made of label sentences.
 
 logits = 20 · cosine(embedding of the text, embedding of each label sentence), both mean-pooled over tokens
 and normalised. The head is embedded once by the base model without any adapter and never trained, so the
@@ -21,6 +21,11 @@ MINILM = "minilm"  # the embedded default base
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_LENGTH = 64  # tokens
 SCALE = 20.0  # inverse temperature of the cosine head
+# Every linear layer of a BERT encoder, by full name: peft matches the whole string.
+BERT_LINEAR = (
+    r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense"
+    r"|intermediate\.dense|output\.dense)"
+)
 
 
 @cache
@@ -95,3 +100,31 @@ def head(task: Task, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     """Embeddings of the task's label sentences by the base model, shape=[classes, d]."""
     batch = pad(tokenise(list(task.sentences), tokenizer), tokenizer.pad_token_id, model.device)
     return embed(model, **batch)
+
+
+class Encoder:
+    """A sentence encoder as a base model; `bases` says what the methods are for."""
+
+    family, task_type, targets, scale, workers = "encoder", "FEATURE_EXTRACTION", BERT_LINEAR, SCALE, 0
+
+    def __init__(self, name: str = MINILM):
+        self.name = name
+        self.model, self.tokenizer = load_base(name)
+
+    def encode(self, task: Task, split: str, limit: int | None = None) -> list[list[int]]:
+        return tokenise(task[split]["text"][:limit], self.tokenizer)
+
+    def lengths(self, features: list[list[int]]) -> list[int]:
+        return [len(ids) for ids in features]
+
+    def content(self, features: list[list[int]]) -> list[list[int]]:
+        return features
+
+    def collate(self, features: list[list[int]]) -> dict[str, Tensor]:
+        return pad(features, self.tokenizer.pad_token_id)
+
+    def embed(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return embed(model, batch["input_ids"], batch["attention_mask"])
+
+    def head(self, task: Task) -> Tensor:
+        return head(task, self.model, self.tokenizer)

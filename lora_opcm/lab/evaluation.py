@@ -1,18 +1,21 @@
 """Accuracy of an adapter on many tasks at once, with bootstrap intervals."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from ..adapters import Adapter
 from .assets import cache_dir
-from .encoder import MINILM, embed, head, load_base, pad, tokenise
+from .attach import applied
+from .bases import load
+from .encoder import MINILM
 from .tasks import Task
 
 TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger ones are slower on a CPU
@@ -27,54 +30,67 @@ def bfloat16_here() -> bool:
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
-@contextmanager
-def applied(
-    model: torch.nn.Module, adapter: Adapter | None, exact: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[torch.nn.Module]:
-    """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
-
-    `exact` holds W in float32 for a model in less, so that the sum is rounded once.
-
-    Raises
-    ------
-    ValueError
-        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model.
-    """
-    saved = {}
-    try:
-        for name, update in (adapter.modules if adapter else {}).items():
-            try:
-                weight = model.get_submodule(name).weight
-            except AttributeError:
-                raise ValueError(
-                    f"the base model has no module {name!r}: adapter of another model?"
-                ) from None
-            if tuple(weight.shape) != update.shape:
-                raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
-            saved[name] = weight.detach().clone()
-            w = exact[f"{name}.weight"] if exact else weight
-            weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w)))
-        yield model
-    finally:
-        for name, weight in saved.items():
-            model.get_submodule(name).weight.data.copy_(weight)
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Numbers to hash: what pickles of a tensor say depends on where in memory it lies."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-class Evaluator:
-    """Evaluates adapters on fixed texts: tokenised and sorted by length once, embedded in one sweep.
+def content(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The numbers of an adapter by module, in an order and a form that hash alike in every process."""
+    return {n: (_array(u.left), _array(u.right)) for n, u in sorted(adapter.modules.items())}
+
+
+class Remembering:
+    """Answers `correct` from disk where the same was asked before; `_correct` finds out what is new."""
+
+    memory: Path | None = None
+    tasks: dict
+    fast: bool | str
+
+    def correct(
+        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Per task, how right each example is with `adapter` (None: zero-shot), shape=[examples].
+
+        Classification gives booleans, generation the metric of each answer, in [0, 1].
+        """
+        names = list(tasks or self.tasks)
+        if self.memory is None:
+            return self._correct(adapter, names, progress)
+        known = joblib.hash([content(adapter) if adapter else None, self.fast])
+        files = {n: self.memory / f"{joblib.hash([known, *self._content(n)])}.npy" for n in names}
+        new = [n for n in names if not files[n].exists()]
+        for n, found in (self._correct(adapter, new, progress) if new else {}).items():
+            self.memory.mkdir(parents=True, exist_ok=True)
+            scratch = files[n].with_suffix(f".{os.getpid()}.tmp.npy")
+            np.save(scratch, found)
+            os.replace(scratch, files[n])
+        return {n: np.load(files[n]) for n in names}
+
+
+class Evaluator(Remembering):
+    """Evaluates adapters on fixed texts or images: encoded and sorted by length once, embedded in one sweep.
 
     Parameters
     ----------
     tasks : sequence of Task
     split : {"test", "validation"}
     limit : int, optional
-        Texts per task; the splits are shuffled, so the first ones are a sample. None takes all.
+        Examples per task; the splits are shuffled, so the first ones are a sample. None takes all.
+    base : str
+        A sentence encoder or a CLIP model, by name or folder.
     remember : bool
-        Keep what was found on disk, by the content of adapter, texts, labels and head: an experiment that
+        Keep what was found on disk, by the content of adapter, examples, labels and head: an experiment that
         was interrupted goes on where it stopped, and one that asks again is answered at once.
     fast : bool
         Run the model in bfloat16 where the processor can (`bfloat16_here`); twice as fast. The update is
         added to the weights in float32 either way.
+
+    Raises
+    ------
+    ValueError
+        If the base is a causal language model, which `harness.Harness` evaluates.
     """
 
     def __init__(
@@ -89,55 +105,52 @@ class Evaluator:
         self.fast = fast and bfloat16_here()
         self.memory = cache_dir() / "evaluations" if remember else None
         self.tasks = {task.name: task for task in tasks}
-        self.model, tokenizer = load_base(base)
+        self.base = load(base)
+        if self.base.family == "causal":
+            raise ValueError(
+                f"{base}: a causal language model has no frozen head; evaluate it with harness.Harness"
+            )
+        self.model = self.base.model
         if torch.cuda.is_available():
             self.model.cuda()
-        self.heads = {task.name: head(task, self.model, tokenizer) for task in tasks}
+        self.heads = {task.name: self.base.head(task) for task in tasks}
         self.exact = None
         if self.fast:
             self.exact = {name: w.detach().clone() for name, w in self.model.named_parameters()}
             self.model.bfloat16()
-        self.pad_id = tokenizer.pad_token_id
         self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
-        self.ids = {task.name: tokenise(task[split]["text"][:limit], tokenizer) for task in tasks}
+        self.ids = {task.name: self.base.encode(task, split, limit) for task in tasks}
 
     @property
     def precision(self) -> str:
         """Of the matrix products, for results tables."""
         return "bfloat16" if self.fast else "float32"
 
-    def correct(
-        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
-    ) -> dict[str, np.ndarray]:
-        """Per task, which texts are classified correctly with `adapter` (None: zero-shot), shape=[texts]."""
-        names = list(tasks or self.tasks)
-        if self.memory is None:
-            return self._correct(adapter, names, progress)
-        content = {n: (u.left, u.right) for n, u in sorted(adapter.modules.items())} if adapter else None
-        known = joblib.hash([content, self.fast])
-        files = {
-            n: self.memory / f"{joblib.hash([known, self.ids[n], self.labels[n], self.heads[n]])}.npy"
-            for n in names
-        }
-        new = [n for n in names if not files[n].exists()]
-        for n, found in (self._correct(adapter, new, progress) if new else {}).items():
-            self.memory.mkdir(parents=True, exist_ok=True)
-            scratch = files[n].with_suffix(f".{os.getpid()}.tmp.npy")
-            np.save(scratch, found)
-            os.replace(scratch, files[n])
-        return {n: np.load(files[n]) for n in names}
+    def _content(self, name: str) -> list:
+        return [self.base.content(self.ids[name]), self.labels[name], _array(self.heads[name])]
 
     @torch.inference_mode()
     def _correct(self, adapter: Adapter | None, names: list[str], progress: str) -> dict[str, np.ndarray]:
-        rows = [(ids, name) for name in names for ids in self.ids[name]]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-        vectors = [None] * len(rows)
-        bar = tqdm(total=len(rows), desc=progress, disable=not progress)
+        examples = ConcatDataset([self.ids[name] for name in names])
+        lengths = [n for name in names for n in self.base.lengths(self.ids[name])]
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+        cuda = self.model.device.type == "cuda"
+        budget, batches = TOKENS_PER_BATCH * (16 if cuda else 1), []
+        while order:
+            size = max(1, budget // lengths[order[0]])
+            batches.append(order[:size])
+            order = order[size:]
+        loader = DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=self.base.collate,
+            num_workers=min(self.base.workers, os.cpu_count() or 1) if cuda else 0,
+        )
+        vectors = [None] * len(examples)
+        bar = tqdm(total=len(examples), desc=progress, disable=not progress)
         with applied(self.model, adapter, self.exact), bar:
-            while order:
-                size = max(1, TOKENS_PER_BATCH // len(rows[order[0]][0]))
-                batch, order = order[:size], order[size:]
-                z = embed(self.model, **pad([rows[i][0] for i in batch], self.pad_id, self.model.device))
+            for batch, features in zip(batches, loader):
+                z = self.base.embed(self.model, {k: t.to(self.model.device) for k, t in features.items()})
                 for i, vector in zip(batch, z):
                     vectors[i] = vector
                 bar.update(len(batch))
@@ -151,7 +164,7 @@ class Evaluator:
 
 
 def own_correct(
-    evaluator: Evaluator, adapters: dict[str, Adapter], progress: str = ""
+    evaluator: Remembering, adapters: dict[str, Adapter], progress: str = ""
 ) -> dict[str, np.ndarray]:
     """Each task with its own adapter: what merging is measured against."""
     found = {}

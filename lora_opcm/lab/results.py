@@ -1,6 +1,7 @@
 """Results files: tidy CSV, one row a measurement, with what is needed to trace each number."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -36,11 +37,11 @@ def provenance(shown: pd.DataFrame, rows: pd.DataFrame, what: str) -> str:
     return "Tables and figures on this page are from the published run."
 
 
-def comparison(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a method, in file order: mean accuracy and recovered gain in per cent, with 95 % intervals."""
+def comparison(rows: pd.DataFrame, metrics: Sequence[str] = ("accuracy", "recovered gain")) -> pd.DataFrame:
+    """One row a method, in file order: means over tasks of `metrics` in per cent, with 95 % intervals."""
     rows = rows[rows.task == "mean"]
     table = pd.DataFrame(index=pd.Index(rows.method.unique(), name="method"))
-    for metric in ("accuracy", "recovered gain"):
+    for metric in metrics:
         part = rows[rows.metric == metric].set_index("method")
         table[f"{metric} %"] = [f"{100 * part.value[m]:.1f}" for m in table.index]
         table[f"95 % interval of {metric}"] = [

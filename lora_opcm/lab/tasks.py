@@ -1,4 +1,4 @@
-"""Text classification tasks: eight that need only the Python package index, and any on the Hub.
+"""Classification tasks, and the eight that need only the Python package index; more are in `hub`.
 
 A task is texts, integer labels, and a sentence for each label; the sentences become the frozen head, so
 no task has weights of its own and merging adapters needs no head surgery.
@@ -9,11 +9,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, cached_property
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image
 
 from .assets import DATA, fetch
 
@@ -23,23 +22,31 @@ VALIDATION = 400  # texts held out of training, at most a fifth of it
 
 @dataclass(frozen=True)
 class Task:
-    """One task: `train`, `validation` and `test` with columns `text` and `label`, and label sentences."""
+    """One task: `train`, `validation` and `test` with columns `text` or `image` and `label`, and label sentences.
+
+    `sentences` are the words of the frozen head: one sentence a label or, for images, several that are averaged.
+    """
 
     name: str
     labels: tuple[str, ...]
-    sentences: tuple[str, ...]
+    sentences: tuple[str | tuple[str, ...], ...]
     splits: DatasetDict
+    column: str = "text"
 
     def __getitem__(self, split: str) -> Dataset:
         return self.splits[split]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hash of every text and label in order, to tell one version of the data from another."""
+        """Hash of every text (or image file) and label in order, to tell one version of the data from another."""
         digest = hashlib.sha256()
         for split in ("train", "validation", "test"):
-            for row in self.splits[split]:
-                digest.update(f"{split}\t{row['label']}\t{row['text']}\n".encode())
+            rows = self.splits[split]
+            if self.column == "image":
+                rows = rows.cast_column("image", Image(decode=False))
+                rows = ({"label": row["label"], "image": row["image"]["bytes"].hex()} for row in rows)
+            for row in rows:
+                digest.update(f"{split}\t{row['label']}\t{row[self.column]}\n".encode())
         return digest.hexdigest()
 
 
@@ -65,7 +72,7 @@ def load_task(name: str) -> Task:
     train, test = recipe.read(tuple(recipe.classes))
     labels = tuple(recipe.classes)
     rng = np.random.default_rng(SPLIT_SEED)
-    splits = _split(train, test, rng)
+    splits = split_rows(train, test, rng)
     index = {label: i for i, label in enumerate(labels)}
     return Task(
         name=name,
@@ -80,76 +87,19 @@ def load_task(name: str) -> Task:
     )
 
 
-def load_hub_task(
-    path: str,
-    *,
-    config: str | None = None,
-    text: str | tuple[str, str] = "text",
-    label: str = "label",
-    sentences: dict[int, str] | list[str],
-    name: str | None = None,
-) -> Task:
-    """A task from a Hub dataset (GLUE and the like), or from a folder that `datasets` reads.
-
-    `text` is a column, or two for pair tasks (joined by " [SEP] "). `sentences` gives each label its
-    sentence. Without a validation split a fifth of train is held out; without labelled test rows
-    (GLUE hides them) the validation split becomes the test split.
-    """
-    folder = Path(path)
-    if (folder / "dataset_dict.json").exists():
-        data = load_from_disk(path)
-    else:
-        data = load_dataset(path, config)
-    columns = (text,) if isinstance(text, str) else tuple(text)
-
-    def rows(split: str) -> list[tuple[int, str]]:
-        missing = [c for c in (*columns, label) if c not in data[split].column_names]
-        if missing:
-            raise ValueError(f"{path}: split {split!r} has columns {data[split].column_names}, not {missing}")
-        return [(r[label], " [SEP] ".join(r[c] for c in columns)) for r in data[split] if r[label] >= 0]
-
-    found = {split: rows(split) for split in data}
-    if not found.get("train"):
-        raise ValueError(f"{path}: expected a labelled 'train' split, found {sorted(data)}")
-    rng = np.random.default_rng(SPLIT_SEED)
-    if found.get("test"):
-        train, test = found["train"] + found.get("validation", []), found["test"]
-    elif found.get("validation"):
-        train, test = found["train"], found["validation"]
-    else:
-        train, test = _hold_out(found["train"], len(found["train"]) // 5, rng)
-    ids = sorted({c for c, _ in train})
-    sentences = dict(enumerate(sentences)) if isinstance(sentences, list) else sentences
-    if set(ids) - set(sentences):
-        raise ValueError(f"{path}: labels {sorted(set(ids) - set(sentences))} have no sentence")
-    index = {c: i for i, c in enumerate(sorted(sentences))}
-    splits = _split(train, test, rng)
-    return Task(
-        name=name or "-".join(filter(None, (folder.name, config))),
-        labels=tuple(str(c) for c in sorted(sentences)),
-        sentences=tuple(sentences[c] for c in sorted(sentences)),
-        splits=DatasetDict(
-            {
-                split: Dataset.from_dict({"text": [t for _, t in r], "label": [index[c] for c, _ in r]})
-                for split, r in splits.items()
-            }
-        ),
-    )
-
-
-def _hold_out(rows, count, rng):
+def hold_out(rows, count, rng):
     order = rng.permutation(len(rows))
     return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
 
 
-def _split(train, test, rng) -> dict[str, list]:
+def split_rows(train, test, rng) -> dict[str, list]:
     """Shuffle, drop training texts that stand in the test set too, and hold out the validation texts."""
     seen = {text for _, text in test}
     train = [row for row in dict.fromkeys(train) if row[1] not in seen]
-    train, validation = _hold_out(train, min(VALIDATION, len(train) // 5), rng)
+    train, validation = hold_out(train, min(VALIDATION, len(train) // 5), rng)
     trained = {text for _, text in train}  # a few texts stand under two labels, hence in two rows
     validation = [row for row in validation if row[1] not in trained]
-    test, _ = _hold_out(test, 0, rng)
+    test, _ = hold_out(test, 0, rng)
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -185,7 +135,7 @@ def _tweets(classes):
     rows = _rows("election-tweets-2016.tab", label="Author", text="Content")
     rows = [(r["label"], r["text"]) for r in rows if r["Is retweet"] == "False" and r["label"] in classes]
     rows = list(dict.fromkeys(rows))
-    return _hold_out(rows, len(rows) // 5, np.random.default_rng(SPLIT_SEED))
+    return hold_out(rows, len(rows) // 5, np.random.default_rng(SPLIT_SEED))
 
 
 NEWS, WIRE = "A newsgroup post about {}.", "A newswire story about {}."

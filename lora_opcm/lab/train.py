@@ -1,7 +1,11 @@
-"""`python -m lora_opcm.lab.train FOLDER`: train the adapters of the protocol that are not there yet."""
+"""`python -m lora_opcm.lab.train FOLDER`: train the adapters of one base and seed that are not there yet.
+
+`accelerate launch --config_file profiles/accelerate/many.yaml -m lora_opcm.lab.train …` does it on many devices.
+"""
 
 import json
 import shutil
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,48 +15,120 @@ from filelock import FileLock
 
 from ..adapters import AdapterError, load_adapter
 from .assets import AssetError, cache_dir
+from .bases import family, slug
+from .causal import load_prompts
+from .encoder import MINILM
 from .evaluation import Evaluator
-from .tasks import load_task, tasks
-from .training import Protocol, manifest_entry, save_adapter_half, train_adapter
+from .hub import load_named
+from .tasks import tasks
+from .training import (
+    DEFAULTS,
+    PUBLIC_NAME,
+    Protocol,
+    last_checkpoint,
+    manifest_entry,
+    processes,
+    save_adapter_half,
+    train_adapter,
+)
 
 
 def train(
     folder: Annotated[Path, typer.Argument(help="where the adapters and manifest.json go")],
-    task: Annotated[list[str] | None, typer.Option(help="one of the eight; all unless given")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="by name; the eight of the book unless given")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="the base model: a hub name or a folder; tells the family")
+    ] = MINILM,
+    sources: Annotated[str, typer.Option(help="a folder with the data sets; empty: from the hub")] = "",
     seed: int = 0,
     rank: int = 16,
+    steps: Annotated[int, typer.Option(help="optimiser steps; 0: as the family's protocol has it")] = 0,
+    batch_size: Annotated[int, typer.Option(help="of all processes together; 0: likewise")] = 0,
+    device_batch: Annotated[int, typer.Option(help="examples a process takes at once; 0: its share")] = 0,
+    quantise: Annotated[str, typer.Option(help="4bit or 8bit: the base of a causal model")] = "",
     report_to: Annotated[str, typer.Option(help="experiment tracker, as in transformers")] = "none",
 ):
-    """Train one LoRA per task, measure it on the whole test set, and keep the manifest up to date."""
-    protocol = Protocol(seed=seed, rank=rank, alpha=2 * rank)
+    """Train one LoRA per task, measure it on the whole test set, and keep the manifest up to date.
+
+    Generation tasks are not measured here: their evaluation takes as long as their training.
+    """
+    kind = family(base)
+    given = {"steps": steps, "batch_size": batch_size, "device_batch": device_batch}
+    options = DEFAULTS[kind] | {name: value for name, value in given.items() if value}
+    options["evaluate_every"] = min(
+        options.get("evaluate_every", Protocol.evaluate_every), options.get("steps", Protocol.steps)
+    )
+    protocol = Protocol(seed=seed, rank=rank, alpha=2 * rank, base=base, quantise=quantise, **options)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {}
     for name in task or tasks():
-        data = load_task(name)
-        done = manifest.get(name, {})
-        trained = (folder / name / "adapter_model.safetensors").exists()
-        if trained and done.get("protocol") == asdict(protocol) and done.get("data_sha256") == data.sha256:
+        if not up_to_date(folder / name, protocol, name, sources):
+            train_one(folder, name, protocol, sources, report_to)
+        elif processes().is_main_process:
             typer.echo(f"{name}: up to date")
-            continue
-        run = cache_dir() / "runs" / f"{name}-seed{seed}-r{rank}"
-        if not trained or done:
-            typer.echo(f"{name}: training")
-            model = train_adapter(data, run, protocol, report_to=report_to)
-            save_adapter_half(model, folder / name)
-            history = json.loads((run / "history.json").read_text())
-            (folder / name / "history.json").write_text(json.dumps(history) + "\n")
-        evaluator = Evaluator([data])
-        zero_shot = float(evaluator.correct()[name].mean())
-        own = float(evaluator.correct(load_adapter(folder / name))[name].mean())
-        entry = manifest_entry(
-            data, folder / name, protocol, zero_shot=round(zero_shot, 4), own=round(own, 4)
-        )
-        with FileLock(cache_dir() / "manifest.lock"):  # other tasks may train beside this one
-            manifest = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(dict(sorted((manifest | {name: entry}).items())), indent=1) + "\n")
-        shutil.rmtree(run, ignore_errors=True)  # checkpoints served their purpose
-        typer.echo(f"{name}: zero-shot {zero_shot:.1%}, own adapter {own:.1%}")
+
+
+def read_manifest(folder: Path) -> dict:
+    """What `folder`/manifest.json says of each adapter; empty where there is none."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_task_of(kind: str, name: str, sources: str):
+    """The task of that name, of the sort the family learns."""
+    return load_prompts(name, sources) if kind == "causal" else load_named(name, sources)
+
+
+def up_to_date(folder: Path, protocol: Protocol, name: str, sources: str) -> bool:
+    """Whether the adapter in `folder` was trained by this protocol on this data."""
+    own = folder / "training.json"
+    done = json.loads(own.read_text()) if own.exists() else read_manifest(folder.parent).get(name)
+    if not done or not (folder / "adapter_model.safetensors").exists():
+        return False
+    return (
+        Protocol(**done["protocol"]) == protocol
+        and done["data_sha256"] == load_task_of(family(protocol.base), name, sources).sha256
+    )
+
+
+def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_to: str):
+    """Train, save and measure one adapter; every process of a distributed run calls it."""
+    kind = family(protocol.base)
+    data = load_task_of(kind, name, sources)
+    # A run is resumed only by the protocol and the data that began it.
+    content = zlib.crc32(json.dumps([asdict(protocol), data.sha256]).encode())
+    run = cache_dir() / "runs" / f"{slug(protocol.base)}-{name}-seed{protocol.seed}-{content:08x}"
+    main = processes().is_main_process
+    if main:
+        found = last_checkpoint(run)
+        count = processes().num_processes
+        told = [f"{count} processes"] * (count > 1) + [
+            f"resumed from {Path(found).name}" for found in [found] if found
+        ]
+        typer.echo(", ".join([f"{name}: training", *told]))
+    processes().wait_for_everyone()
+    train_adapter(data, run, protocol, report_to=report_to)
+    if not main:
+        return
+    public = PUBLIC_NAME if protocol.base == MINILM else protocol.base
+    save_adapter_half(run / "best", folder / name, public)
+    history = json.loads((run / "history.json").read_text())
+    (folder / name / "history.json").write_text(json.dumps(history) + "\n")
+    found = {}
+    if kind != "causal":
+        evaluator = Evaluator([data], base=protocol.base)
+        found["zero_shot"] = round(float(evaluator.correct()[name].mean()), 4)
+        found["own"] = round(float(evaluator.correct(load_adapter(folder / name))[name].mean()), 4)
+    entry = manifest_entry(data, folder / name, protocol, **found)
+    (folder / name / "training.json").write_text(json.dumps(entry, indent=1) + "\n")
+    with FileLock(cache_dir() / "manifest.lock"):  # other tasks may train beside this one
+        manifest = read_manifest(folder) | {name: entry}
+        (folder / "manifest.json").write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+    shutil.rmtree(run, ignore_errors=True)  # checkpoints served their purpose
+    typer.echo(
+        f"{name}: " + (", ".join(f"{k.replace('_', '-')} {v:.1%}" for k, v in found.items()) or "trained")
+    )
 
 
 def main():

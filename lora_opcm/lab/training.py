@@ -1,26 +1,37 @@
-"""Training one LoRA on one task, with peft and transformers' Trainer."""
+"""Training one LoRA on one task, with peft and transformers' Trainer.
+
+The Trainer is Accelerate underneath: `accelerate launch` runs the same lines on one GPU, many, or with the base
+sharded (profiles/accelerate). The batch size of a protocol is that of all processes together.
+"""
 
 import hashlib
 import json
+import os
+import shutil
 import zlib
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
-from .encoder import MINILM, SCALE, embed, head, load_base, pad, tokenise
+from .bases import load
+from .causal import LLAMA_LINEAR, Causal, Prompts
+from .encoder import BERT_LINEAR, MINILM, Encoder
 from .tasks import Task
+from .vision import CLIP_LINEAR, Clip
 
-# Every linear layer of a BERT encoder, by full name: peft matches the whole string.
-BERT_LINEAR = (
-    r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense"
-    r"|intermediate\.dense|output\.dense)"
-)
+# What differs between the families of `bases`; the rest of `Protocol` is shared.
+DEFAULTS = {
+    "encoder": {},
+    "clip": {"target_modules": CLIP_LINEAR, "learning_rate": 3e-4, "batch_size": 128, "steps": 1000, "evaluate_every": 100},
+    "causal": {"target_modules": LLAMA_LINEAR, "learning_rate": 2e-4, "batch_size": 16, "steps": 500, "evaluate_every": 100},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,13 @@ class Protocol:
     batch_size: int = 32
     steps: int = 100
     evaluate_every: int = 25
-    patience: int = 2  # evaluations without a better validation accuracy before training stops
+    patience: int = 2  # evaluations without a better validation accuracy (or loss) before training stops
     target_modules: str = BERT_LINEAR
     base: str = MINILM
+    quantise: str = ""  # "8bit" or "4bit": the base of a causal model while it is tuned
+    device_batch: int = (
+        0  # examples a process takes at once; fewer than its share are accumulated. 0: its share
+    )
 
     def start(self, task: str) -> int:
         """The random seed of one run: initial A, order of the texts.
@@ -50,20 +65,21 @@ class Protocol:
 class HeadTrainer(Trainer):
     """Trainer whose logits are scaled cosines to a frozen head."""
 
-    def __init__(self, *args, head: torch.Tensor, **kwargs):
+    def __init__(self, *args, base: Encoder | Clip, head: torch.Tensor, **kwargs):
         super().__init__(*args, **kwargs)
-        self.head = head
+        self.base, self.head = base, head
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over its batch; accumulation divides it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
-        z = embed(model, inputs["input_ids"], inputs["attention_mask"])
-        logits = SCALE * z @ self.head.to(z.device, z.dtype).T
+        z = self.base.embed(model, inputs)
+        logits = self.base.scale * z @ self.head.to(z.device, z.dtype).T
         loss = F.cross_entropy(logits, labels)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
 
 def train_adapter(
-    task: Task,
+    task: Task | Prompts,
     folder: Path | str,
     protocol: Protocol = Protocol(),
     *,
@@ -72,27 +88,88 @@ def train_adapter(
 ) -> PeftModel:
     """Train a LoRA on `task`, keep the checkpoint best on validation, return the model in evaluation mode.
 
-    Checkpoints and `history.json` (the Trainer's log) go to `folder`; a run that was interrupted there
-    resumes from its last checkpoint. Mixed precision is used where the device has bfloat16.
+    Classification keeps the best accuracy, generation the lowest loss of completions. Checkpoints,
+    `history.json` (the Trainer's log) and `best` (the adapter, a PEFT folder) go to `folder`; a run that was
+    interrupted there resumes from its last whole checkpoint. Mixed precision is used where the device has
+    bfloat16.
+
+    Raises
+    ------
+    ValueError
+        If the batch size cannot be shared among the processes, or the task is of another family than the base.
     """
     folder = Path(folder)
     start = protocol.start(task.name)
     set_seed(start)
-    base, tokenizer = load_base(protocol.base)
-    frozen_head = head(task, base, tokenizer).clone()  # clone: inference tensors cannot enter autograd
+    base = load(protocol.base, protocol.quantise)
+    if isinstance(base, Causal) != isinstance(task, Prompts):
+        raise ValueError(
+            f"{task.name} is no task for the base {protocol.base!r}, of the family {base.family}"
+        )
+    options = {}
+    if base.family != "causal":
+        options = {
+            "base": base,
+            "head": base.head(task).clone(),
+        }  # clone: inference tensors cannot enter autograd
+    if protocol.quantise:
+        base.model = prepare_model_for_kbit_training(base.model)
     config = LoraConfig(
         r=protocol.rank,
         lora_alpha=protocol.alpha,
         target_modules=protocol.target_modules,
-        task_type="FEATURE_EXTRACTION",
+        task_type=base.task_type,
     )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base.model, config)
+    trainer = (HeadTrainer if options else Trainer)(
+        model=model,
+        args=_arguments(task, folder, protocol, start, report_to, quiet, classify=bool(options)),
+        data_collator=_Collator(base),
+        train_dataset=_encode(base, task, "train"),
+        eval_dataset=_encode(base, task, "validation"),
+        compute_metrics=_accuracy if options else None,
+        callbacks=[EarlyStoppingCallback(protocol.patience)],
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.save_model(str(folder / "best"))
+    if trainer.is_world_process_zero():
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    return model.eval()
+
+
+def processes() -> PartialState:
+    """The processes this one trains together with: one, or as many as `accelerate launch` started."""
+    # Without being told, Accelerate takes processes that have no accelerator for so many lone ones.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def last_checkpoint(folder: Path | str) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end; one cut short is removed."""
+    whole = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            whole[json.loads((path / "trainer_state.json").read_text())["global_step"]] = str(path)
+        except (OSError, ValueError, KeyError):  # the state is written last
+            shutil.rmtree(path, ignore_errors=True)
+    return whole[max(whole)] if whole else None
+
+
+def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> TrainingArguments:
+    count = processes().num_processes
+    share = protocol.batch_size // count
+    at_once = min(protocol.device_batch or share, share)
+    if share * count != protocol.batch_size or share % at_once:
+        raise ValueError(
+            f"a batch of {protocol.batch_size} cannot be shared by {count} processes, {at_once} examples at once"
+        )
     cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder),
         max_steps=protocol.steps,
-        per_device_train_batch_size=protocol.batch_size,
-        per_device_eval_batch_size=protocol.batch_size,
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=at_once,
+        gradient_accumulation_steps=share // at_once,
         learning_rate=protocol.learning_rate,
         warmup_steps=protocol.steps // 10,
         lr_scheduler_type="cosine",
@@ -104,47 +181,82 @@ def train_adapter(
         save_total_limit=2,
         logging_steps=max(1, protocol.evaluate_every // 5),
         load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
+        metric_for_best_model="accuracy" if classify else "loss",
+        prediction_loss_only=not classify,
         label_names=["labels"],
         remove_unused_columns=False,
         seed=start,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=cuda and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=cuda,
+        dataloader_num_workers=min(8, os.cpu_count() or 1) if cuda else 0,
+        ddp_find_unused_parameters=False,
         report_to=report_to,
         run_name=f"{task.name}-seed{protocol.seed}-r{protocol.rank}",
         disable_tqdm=quiet,
     )
-    trainer = HeadTrainer(
-        model=model,
-        args=arguments,
-        head=frozen_head,
-        data_collator=partial(_collate, pad_id=tokenizer.pad_token_id),
-        train_dataset=_encode(task, "train", tokenizer),
-        eval_dataset=_encode(task, "validation", tokenizer),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        callbacks=[EarlyStoppingCallback(protocol.patience)],
-    )
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    return model.eval()
+
+
+class _Encoded(torch.utils.data.Dataset):
+    """Features, with their labels where the task has any."""
+
+    def __init__(self, features, labels: list[int] | None):
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, i: int):
+        return self.features[i], None if self.labels is None else self.labels[i]
+
+
+def _encode(base: Encoder | Clip | Causal, task: Task | Prompts, split: str) -> _Encoded:
+    labels = None if base.family == "causal" else task[split]["label"][:]
+    return _Encoded(base.encode(task, split), labels)
+
+
+class _Collator:
+    def __init__(self, base: Encoder | Clip | Causal):
+        self.base = base
+
+    def __call__(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
+        features, labels = zip(*rows)
+        batch = self.base.collate(list(features))
+        return batch if labels[0] is None else batch | {"labels": torch.tensor(labels)}
+
+
+def _accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 PUBLIC_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def save_adapter_half(model: PeftModel, folder: Path | str, base: str = PUBLIC_NAME) -> Path:
-    """Write the adapter as an ordinary PEFT folder in float16, for a base that goes by its public name."""
+def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: str = PUBLIC_NAME) -> Path:
+    """Write the adapter as an ordinary PEFT folder in float16, for a base that goes by its public name.
+
+    `model` is a trained model, or the folder `best` that training left.
+    """
     folder = Path(folder)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.half()
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(model, "adapter_config.json"), folder)
+    source = folder if isinstance(model, PeftModel) else Path(model)
+    tensors = {name: t.half() for name, t in load_file(source / "adapter_model.safetensors").items()}
+    scratch = folder / "adapter_model.tmp"
+    save_file(tensors, scratch, metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": base}, indent=2)
+    )
+    os.replace(scratch, folder / "adapter_model.safetensors")  # last: it says that the adapter is there
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours is data/README.md
     return folder
 
 
-def manifest_entry(task: Task, folder: Path, protocol: Protocol, **accuracy: float) -> dict:
+def manifest_entry(task: Task | Prompts, folder: Path, protocol: Protocol, **accuracy: float) -> dict:
     """What data/adapters/manifest.json says about one adapter."""
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
     return {
@@ -156,13 +268,3 @@ def manifest_entry(task: Task, folder: Path, protocol: Protocol, **accuracy: flo
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         **accuracy,
     }
-
-
-def _encode(task: Task, split: str, tokenizer) -> list[dict]:
-    rows = task[split]
-    return [{"ids": i, "label": c} for i, c in zip(tokenise(rows["text"][:], tokenizer), rows["label"][:])]
-
-
-def _collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
-    batch = pad([row["ids"] for row in rows], pad_id)
-    return batch | {"labels": torch.tensor([row["label"] for row in rows])}

@@ -9,13 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
+import joblib
 import numpy as np
+from huggingface_hub import snapshot_download
 
 from ..adapters import Adapter, AdapterError, load_adapter
 from ..data import adapter_path, data_dir
 from ..methods import merge
-from .evaluation import Evaluator, own_correct
+from .bases import slug
+from .evaluation import Evaluator, Remembering, content, own_correct
 from .tasks import tasks
 
 GRID = (0.3, 0.5, 0.7, 1.0, 1.5)  # scales offered to every method that has one
@@ -53,6 +57,74 @@ def adapter_folder(task: str, seed: int = 0, trained: Path | str = "_build/adapt
 def adapters_of(seed: int = 0, trained: Path | str = "_build/adapters") -> dict[str, Adapter]:
     """The eight adapters of one training seed, by task."""
     return {task: load_adapter(adapter_folder(task, seed, trained)) for task in tasks()}
+
+
+def grown(base: str, names: Sequence[str], seed: int, trained: Path | str) -> dict[str, Adapter]:
+    """The adapters of another base, by task, from `trained`/<base>/seed<n>/<task>, where `lab.train` puts them.
+
+    Raises
+    ------
+    AdapterError
+        If one was not trained yet, with the command that does.
+    """
+    folder = Path(trained, slug(base), f"seed{seed}")
+    for task in names:
+        if not (folder / task / "adapter_config.json").is_file():
+            raise AdapterError(
+                f"{folder / task}: no adapter; `make experiments PROFILE=gpu` trains it, or"
+                f" `python -m lora_opcm.lab.train {folder} --task {task} --seed {seed} --base {base}`"
+            )
+    return {task: load_adapter(folder / task) for task in names}
+
+
+def collected(collection: str | Mapping[str, str], names: Sequence[str]) -> dict[str, Adapter]:
+    """Other people's adapters, by task.
+
+    Parameters
+    ----------
+    collection : str or mapping
+        A hub repository or a folder for each task: a template with `{task}`, or a mapping from task to place.
+    names : sequence of str
+        The tasks wanted.
+
+    Raises
+    ------
+    AdapterError
+        If the collection names no place for a task, or what lies there is no adapter we read.
+    """
+    found = {}
+    for task in names:
+        place = collection.format(task=task) if isinstance(collection, str) else collection.get(task)
+        if not place:
+            raise AdapterError(f"the collection has no adapter for {task!r}; it has {', '.join(collection)}")
+        if not Path(place).is_dir():
+            place = snapshot_download(place, allow_patterns=["adapter_config.json", "adapter_model.*"])
+        found[task] = load_adapter(place)
+    return found
+
+
+def contents(adapters: Sequence[Adapter]) -> str:
+    """Eight digits of a hash of every adapter's numbers, in order: what a results file names adapters by."""
+    return "+".join(joblib.hash(content(adapter))[:8] for adapter in adapters)
+
+
+def bake(
+    test: Remembering,
+    adapters: Mapping[str, Adapter],
+    entries: Sequence[Entry],
+    options: Mapping[str, dict] = MappingProxyType({}),
+    rank: int | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Method → task → how right each example is: the two references, then every entry's merge of all adapters.
+
+    `options` replaces those of the entries it names, as `tune` chose them.
+    """
+    found = references(adapters, test)
+    for entry in entries:
+        given = options.get(entry.label, entry.options)
+        merged = merge(list(adapters.values()), entry.method, rank=rank, **given)
+        found[entry.label] = test.correct(merged, progress=entry.label)
+    return found
 
 
 def hashes(seeds: Sequence[int], trained: Path | str = "_build/adapters") -> str:
@@ -105,7 +177,7 @@ def _memory(what: str) -> float:
         return float("nan")
 
 
-def references(adapters: Mapping[str, Adapter], evaluator: Evaluator) -> dict[str, dict[str, np.ndarray]]:
+def references(adapters: Mapping[str, Adapter], evaluator: Remembering) -> dict[str, dict[str, np.ndarray]]:
     """The floor and the ceiling: the base model alone, and each task with its own adapter."""
     return {"zero-shot": evaluator.correct(), "own adapter": own_correct(evaluator, dict(adapters))}
 

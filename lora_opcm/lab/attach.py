@@ -1,0 +1,88 @@
+"""A base model with an adapter: its update added to the weights, or attached beside them."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ..adapters import Adapter
+from ..writing import save_adapter
+
+
+def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with its modules named as in `model`.
+
+    Some published adapters were made on an inner part of the model (KnOTS: on the vision tower alone), so
+    their names lack its prefix.
+
+    Raises
+    ------
+    ValueError
+        If no prefix makes every name one of the model's: the wrong base model.
+    """
+    modules = dict(model.named_modules())
+    first = next(iter(adapter.modules), "")
+    prefixes = ["", *(m.removesuffix(first) for m in modules if m.endswith(f".{first}"))]
+    for prefix in prefixes:
+        if all(prefix + name in modules for name in adapter.modules):
+            return (
+                adapter.with_modules({prefix + n: u for n, u in adapter.modules.items()})
+                if prefix
+                else adapter
+            )
+    unknown = next(name for name in adapter.modules if name not in modules)
+    raise ValueError(f"the base model has no module {unknown!r}: adapter of another model?")
+
+
+@contextmanager
+def applied(
+    model: torch.nn.Module, adapter: Adapter | None, exact: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[torch.nn.Module]:
+    """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
+
+    The sum is taken in float32 and rounded once; `exact` holds W in float32 for a model in less. Weights in 4
+    or 8 bits cannot be added to: there the adapter is attached by peft, beside them, as `attached` does.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model.
+    """
+    if adapter is None:
+        yield model
+        return
+    adapter = fitted(model, adapter)
+    weights = {name: model.get_submodule(name).weight for name in adapter.modules}
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        with attached(model, adapter):
+            yield model
+        return
+    saved = {}
+    try:
+        for name, update in adapter.modules.items():
+            weight = weights[name]
+            if tuple(weight.shape) != update.shape:
+                raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
+            saved[name] = weight.detach().clone()
+            w = exact[f"{name}.weight"] if exact else weight.detach().float()
+            weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w)))
+        yield model
+    finally:
+        for name, weight in saved.items():
+            model.get_submodule(name).weight.data.copy_(weight)
+
+
+@contextmanager
+def attached(model: torch.nn.Module, adapter: Adapter) -> Iterator[torch.nn.Module]:
+    """The model with the adapter beside its weights, in peft's layers; they are taken out on the way out."""
+    adapter = fitted(model, adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(adapter, Path(folder, "adapter"), format="peft")
+        wrapped = PeftModel.from_pretrained(model, Path(folder, "adapter"))
+    try:
+        yield model
+    finally:
+        wrapped.unload()
