@@ -123,7 +123,7 @@ rule notebook:
     output: executed=f"{OUT}/executed/{{name}}.ipynb", results=f"{OUT}/results/{{name}}.csv"
     log: f"{OUT}/logs/{{name}}.log", notebook=f"{OUT}/logs/{{name}}.ipynb"  # where it failed, cell by cell
     params: given=told
-    threads: workflow.cores
+    threads: 1 if PROFILE == "quick" else workflow.cores  # small texts: side by side; a measured run has the machine to itself
     shell:
         "{sys.executable} -m papermill --progress-bar --kernel python3 -y {params.given:q} {input.notebook} {log.notebook} 2>&1 | tee {log[0]}"
         " && cp {log.notebook} {output.executed}"
