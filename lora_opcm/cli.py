@@ -218,8 +218,8 @@ def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:
     say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
     planned = plan(loaded, call["method"], rank=rank)
     say(
-        f"would read {planned.read / 1e9:.2f} GB, hold {planned.peak / 1e9:.2f} GB of tensors, write"
-        f" {planned.written / 1e9:.2f} GB, and take about {planned.seconds:.1f} s here"
+        f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"
+        f" {planned.written / 1e6:.3g} MB, and take about {planned.seconds:.2g} s here"
     )
     try:
         recipe.refuse_existing(output, overwrite)

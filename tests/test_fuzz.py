@@ -222,7 +222,7 @@ def test_a_real_process_refuses_a_truncated_file_by_name(tmp_path, words):
     assert [p for p in sorted(tmp_path.rglob("*")) if not p.name.endswith(".lock")] == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ten_thousand_damaged_files(tmp_path, unsynced):
     outcome = damage(tmp_path, 10_000, 99)
     assert outcome["refused"] > 8000 and outcome["merge read"] > 1000, outcome
