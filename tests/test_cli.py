@@ -3,8 +3,8 @@
 import io
 import json
 import os
-import re
 import random
+import re
 import resource
 import shutil
 import signal
