@@ -96,7 +96,7 @@ def test_minilm_on_meta_has_the_modules_of_the_shipped_adapters(shipped):
     assert shapes.linear_shapes(shapes.build("MiniLM")) == {n: u.shape for n, u in shipped[0].modules.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "method", ["cat", "opcm", "tsv", "whitened_sum", "knots_ties", "chordal_mean", "ties"]
 )
