@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import rules
 from .adapters import Adapter, _finite, combine
-from .lowrank import Core, LowRank, reduce, reduce_batch, working_dtype
+from .core import Core, reduce, reduce_batch
+from .lowrank import LowRank, working_dtype
 from .opcm import FactorMerger, stream
 from .parallel import Progress, parallel_map
 

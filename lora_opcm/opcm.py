@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .adapters import Adapter, combine
-from .lowrank import Core, LowRank, nonzero_svd, reduce, working_dtype
+from .core import Core, reduce
+from .lowrank import LowRank, nonzero_svd, working_dtype
 from .parallel import Progress, parallel_map
 from .state import factors, load_state, save_state
 

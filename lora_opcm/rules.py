@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .core import Core
 from .grassmann import chordal_mean as chordal_frame
 from .grassmann import karcher_mean as karcher_frame
-from .lowrank import Core, LowRank, nonzero_svd
+from .lowrank import LowRank, nonzero_svd
 from .opcm import stream
 from .sums import Sums
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_opcm import LowRank
-from lora_opcm.lowrank import add, keep_rank, reduce
+from lora_opcm.core import reduce
+from lora_opcm.lowrank import add, keep_rank
 
 shapes = st.tuples(st.integers(4, 40), st.integers(4, 40), st.integers(1, 4), st.integers(0, 10**6))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}

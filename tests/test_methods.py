@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_opcm as lo
-from lora_opcm.lowrank import Basis, Core, LowRank
+from lora_opcm.core import Basis, Core
+from lora_opcm.lowrank import LowRank
 from lora_opcm.methods import REGISTRY, _seed
 
 SHAPES = {"a": (40, 32), "b": (36, 48)}

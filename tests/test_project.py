@@ -57,6 +57,7 @@ def test_modules_import_only_upwards():
         "figures",
         "parallel",
         "lowrank",
+        "core",
         "grassmann",
         "formats",
         "configs",

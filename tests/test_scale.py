@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import RANK, REGISTRY, SHAPES, distance, grams, run, stream
 
 import lora_opcm as lo
-from lora_opcm.lowrank import gram_matrix, reduce, reduce_batch
+from lora_opcm.core import gram_matrix, reduce, reduce_batch
 from lora_opcm.shards import belongs, join, merge_shard
 
 MANY = SHAPES | {f"layers.{i}.{name}": shape for i in range(3) for name, shape in SHAPES.items()}
@@ -105,7 +105,7 @@ def test_gram_and_lift_keep_to_their_devices(dtype):
     """On fake tensors, one device of which is "meta": where devices were mixed, this raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lora_opcm.lowrank import Basis
+    from lora_opcm.core import Basis
 
     with FakeTensorMode():
         columns = torch.empty(2, 64, 6, dtype=dtype, device="meta")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import LowRank, load_adapter, merge, save_adapter
 from ..adapters import Adapter
-from ..lowrank import reduce
+from ..core import reduce
 from ..opcm import ContinualMerger, project, stream
 
 app = typer.Typer(add_completion=False)
