@@ -131,7 +131,7 @@ def test_rehearsal_is_the_gpu_profile_on_tiny_checkpoints(checkout):
 @pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
 def test_clusters_plan_the_gpu_profile_through_accelerate(checkout, cluster, monkeypatch):
     pytest.importorskip(f"snakemake_executor_plugin_{cluster}")
-    monkeypatch.setenv("LORA_OPCM_CACHE", "/work/cache")
+    monkeypatch.setenv("LORA_OPCM_CACHE", "/shared/cache")
     done = snakemake(checkout, "-p", "--profile", f"profiles/{cluster}", "--config", "profile=gpu",
                      "accelerate=profiles/accelerate/one.yaml")  # fmt: skip
     assert jobs(done)["adapter"] == grown("gpu")
