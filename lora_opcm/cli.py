@@ -177,11 +177,14 @@ def merge_(
             raise AdapterError(f"--weights {weights}: expected numbers with commas between them") from None
     if not dry_run:
         recipe.refuse_existing(output, overwrite)
-    if shard is not None:
+    part = None if shard is None else _shard(shard)
+    if part and (dtype or format):
+        raise AdapterError("--shard writes a part as it is, without --dtype; --format is an option of `join`")
+    if part and not dry_run:
         with Steps() as steps:
             hashes = [(path.name, recipe.digest(path)) for path in steps("hashing", adapters)]
             progress = steps.of(f"merging part {shard}")
-            path = merge_shard(adapters, output, _shard(shard), hashes=hashes, progress=progress, **call)
+            path = merge_shard(adapters, output, part, hashes=hashes, progress=progress, **call)
         return note(f"wrote {path}: part {shard}; `lora-opcm join` takes all parts")
     dropped: dict[str, float] = {}
     with Steps() as steps:

@@ -79,6 +79,11 @@ def test_parts_join_to_the_bytes_of_one_merge(folder):
     name = "adapter_model.safetensors"
     assert (folder / "joined" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     run(folder, "verify", "a", "b", "c", "--against", "joined")
+    before = (folder / "part0").read_bytes()
+    for again in (("--dry-run",), ("--dtype", "float16", "--overwrite"), ()):
+        code = 1 if again == ("--dry-run",) else 2
+        run(folder, "merge", "a", "b", "-o", "part0", "--shard", "0/2", *again, code=code)
+        assert (folder / "part0").read_bytes() == before
     for wrong in ("2/2", "1", "-1/2", "a/b"):
         assert wrong in run(folder, "merge", "a", "b", "-o", "x", "--shard", wrong, code=2).stderr
 
