@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import configs, formats
 from .formats import LINEAR, AdapterError, Kind
-from .lowrank import LowRank
+from .lowrank import LowRank, finite
 
 __all__ = ["Adapter", "AdapterError", "Kind", "Stored", "combine", "load_adapter"]
 
@@ -132,8 +132,12 @@ class Adapter:
         update, kind = self.modules[name], self.kinds.get(name, LINEAR)
         if kind.name == "conv":
             return update.delta().reshape(update.shape[0], -1, *kind.kernel)
-        flip = kind.name == "embedding" or self.config.get("fan_in_fan_out")
-        return update.delta().mT if flip else update.delta()
+        return update.delta().mT if self.transposed(name) else update.delta()
+
+    def transposed(self, name: str) -> bool:
+        """Whether the base weight of a module lies (in, out)."""
+        kind = self.kinds.get(name, LINEAR).name
+        return kind == "embedding" or kind == "linear" and bool(self.config.get("fan_in_fan_out"))
 
     def with_modules(self, modules: Mapping[str, LowRank]) -> "Adapter":
         """The same metadata with other updates."""
@@ -143,7 +147,7 @@ class Adapter:
         return replace(self, modules=dict(modules), config=config)
 
     def regauge(self, seed: int = 0) -> "Adapter":
-        """The same updates with factors (left G, G⁻¹ right), for a random G ∈ GL(r) per module.
+        """The updates with factors (left G, G⁻¹ right), for a random G ∈ GL(r) per module: the same to rounding.
 
         G = Q diag(d) with orthogonal Q and d between 1/2 and 2, so its condition number is at most 4.
         """
@@ -165,8 +169,10 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
     ------
     AdapterError
         If formats or base models differ (the last part of their names counts: a local copy of "org/name" is
-        the same), a module is another kind of layer in one of them, or full tensors (`saved`) are not equal.
+        the same), a module has another shape or is another kind of layer in one of them, or full tensors
+        (`saved`) are not equal.
     """
+    shapes_of(adapters)
     first = adapters[0]
     kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}
     for other in adapters[1:]:
@@ -193,6 +199,38 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
     return replace(first.with_modules(modules), kinds=kinds, dtype=_widest(a.dtype for a in adapters))
 
 
+def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
+    """Every module any adapter has, with the shape (m, n) all that have it agree on; AdapterError if they do not."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        for name, update in adapter.modules.items():
+            if shapes.setdefault(name, update.shape) != update.shape:
+                raise AdapterError(
+                    f"{adapter.source}: {name} has shape {update.shape}, in an earlier adapter {shapes[name]}"
+                )
+    return shapes
+
+
+def scaled(like: Adapter, updates: Mapping[str, LowRank], factor: float = 1.0) -> Adapter:
+    """`updates` times `factor` with the metadata of `like`, in its dtype.
+
+    Each side takes the root of the factor, so that half precision overflows as late as it can.
+
+    Raises
+    ------
+    AdapterError
+        If a factor is not finite in that dtype.
+    """
+    root, modules = math.sqrt(abs(factor)), {}
+    for name, u in updates.items():
+        modules[name] = u = LowRank(u.left * math.copysign(root, factor), u.right * root).to(like.dtype)
+        if not (finite(u.left) and finite(u.right)):
+            raise AdapterError(
+                f"{like.source}: {name}: the merge is not finite in {like.dtype}, expected smaller updates"
+            )
+    return like.with_modules(modules)
+
+
 # -- reading -------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +248,7 @@ def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = N
     Raises
     ------
     AdapterError
-        For whatever is no plain LoRA (`formats.REFUSED_KEYS`, `formats.REFUSED_OPTIONS`), pickles, truncated
+        For whatever is no plain LoRA (`formats.REFUSED_KEYS`, `configs.REFUSED_OPTIONS`), pickles, truncated
         or corrupt files, factors that are not float or hold NaN or Inf, shapes that do not fit, half a
         module, no module at all. The message names the file, the module, what came and what was expected.
     """
@@ -325,7 +363,7 @@ def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Store
     else:
         scale = float(alpha) / rank
     update = Stored.fold(up, down, scale, alpha)
-    if scale != 1 and not _finite(update.left):
+    if scale != 1 and not finite(update.left):
         raise AdapterError(f"{where}: {name}: scale {scale:g} times {parts['up']} overflows {update.dtype}")
     largest = (
         max(float(x.abs().max()) for x in (update.left, update.right)) if update.dtype == torch.float64 else 0
@@ -341,17 +379,9 @@ def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
     if dtype not in expected:
         raise AdapterError(f"{where}: {key} is {dtype} (quantised?), expected one of {', '.join(expected)}")
     tensor = file.get_tensor(key)
-    if not _finite(tensor):
+    if not finite(tensor):
         raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
     return tensor
-
-
-def _finite(tensor: Tensor) -> bool:
-    # NaN and Inf survive a minimum and a maximum. One pass, no copy: copies of half precision, freed between
-    # small tensors that stay, leave holes in the heap as large as the file.
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

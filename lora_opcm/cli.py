@@ -29,7 +29,7 @@ from .console import (
     torch_dtype,
 )  # fmt: skip
 from .lowrank import LowRank
-from .methods import REGISTRY
+from .methods import REGISTRY, checked
 from .parallel import parallel_map
 from .plan import plan
 from .shards import join, merge_shard
@@ -131,13 +131,16 @@ def compare(
         note(f"report: {html}")
 
 
-def _parse(values: list[str] | None) -> dict:
+def _parse(values: list[str] | None, method: str) -> dict:
     """`name=value` options of a method; values are JSON where they can be."""
     found = {}
     for item in values or []:
         name, equals, value = item.partition("=")
         if not equals:
             raise AdapterError(f"--option {item}: expected name=value")
+        if name not in REGISTRY[method].options:
+            known = ", ".join(REGISTRY[method].options) or "none"
+            raise AdapterError(f"--option {item}: {method} has no option {name!r}; it takes {known}")
         try:
             found[name] = json.loads(value)
         except ValueError:
@@ -167,7 +170,9 @@ def merge_(
 ):
     """One adapter out of several. Writes the adapter, a recipe and, for PEFT, a model card."""
     options = (
-        {"alpha": alpha, "scale": scale, "seed": seed} | _parse(option) | {"rank": rank, "energy": energy}
+        {"alpha": alpha, "scale": scale, "seed": seed}
+        | _parse(option, method.value)
+        | {"rank": rank, "energy": energy}
     )
     call = {"method": method.value} | {name: v for name, v in options.items() if v is not None}
     if weights is not None:
@@ -175,9 +180,9 @@ def merge_(
             call["weights"] = [float(w) for w in weights.split(",")]
         except ValueError:
             raise AdapterError(f"--weights {weights}: expected numbers with commas between them") from None
-    if not dry_run:
-        recipe.refuse_existing(output, overwrite)
     part = None if shard is None else _shard(shard)
+    if not dry_run:
+        recipe.refuse_existing(output, overwrite, None if part else format and format.value)
     if part and (dtype or format):
         raise AdapterError("--shard writes a part as it is, without --dtype; --format is an option of `join`")
     if part and not dry_run:
@@ -189,8 +194,10 @@ def merge_(
     dropped: dict[str, float] = {}
     with Steps() as steps:
         loaded = [load_adapter(path) for path in steps("reading", adapters)]
+        checked(loaded, **call)
         if dry_run:
-            raise typer.Exit(_dry_run(loaded, call, output, overwrite))
+            raise typer.Exit(_dry_run(loaded, call, output, overwrite, part, format and format.value))
+        recipe.refuse_existing(output, overwrite, format.value if format else loaded[0].format)
         inputs = [(path.name, recipe.digest(path)) for path in steps("hashing", adapters)]
         merged = recipe.run(loaded, call, torch_dtype(dtype), dropped, steps.of(f"merging by {method.value}"))
         path = recipe.write_merge(
@@ -211,7 +218,9 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:
+def _dry_run(
+    loaded: list, call: dict, output: Path, overwrite: bool, part: tuple | None, format: str | None
+) -> int:
     total: dict[str, int] = {}
     for adapter in loaded:
         for name, update in adapter.modules.items():
@@ -225,7 +234,7 @@ def _dry_run(loaded: list, call: dict, output: Path, overwrite: bool) -> int:
         f" {planned.written / 1e6:.3g} MB, and take about {planned.seconds:.2g} s here"
     )
     try:
-        recipe.refuse_existing(output, overwrite)
+        recipe.refuse_existing(output, overwrite, None if part else format or loaded[0].format)
     except AdapterError as error:
         say(f"would refuse: {error}")
         return 1
@@ -241,7 +250,7 @@ def join_(
     overwrite: Overwrite = False,
 ):
     """The parts of a merge as one adapter: the same bytes as a merge in one go."""
-    recipe.refuse_existing(output, overwrite)
+    recipe.refuse_existing(output, overwrite, format and format.value)
     merged, call, dropped, inputs = join(parts)
     path = recipe.write_merge(
         merged, output, inputs, call, dropped, format and format.value, overwrite=overwrite
@@ -311,7 +320,7 @@ def convert(
     Kohya names have underscores for dots, which cannot be undone: to leave kohya, --like gives the names and
     the configuration of an adapter of the same model. Kohya has names for UNets and CLIP text encoders only.
     """
-    recipe.refuse_existing(output, overwrite)
+    recipe.refuse_existing(output, overwrite, to.value)
     found = load_adapter(adapter)
     if like and found.format == "kohya" and to.value != "kohya":
         found = renamed(found, load_adapter(like))

@@ -5,7 +5,8 @@ their factorisations are float64 whatever the inputs are. Source: Core Space, ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce as fold
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ class Basis:
     """Orthonormal columns Q = columns @ transform that span several factors, without forming Q.
 
     `columns` (n, R) is the stack of factors as it came, `transform` (R, p) float64, and `coords` (p, R)
-    holds QᵀX: the factors in the basis. columns = Q @ coords holds exactly, whatever rounding the Gram matrix
-    suffered; only the orthonormality of Q, and so nothing a sum of updates could notice, feels it.
+    holds QᵀX: the factors in the basis. With a transform, columns = Q @ coords holds exactly, whatever rounding
+    the Gram matrix suffered; only the orthonormality of Q, and so nothing a sum of updates could notice, feels
+    it. Without one, `columns` is Q itself, and what of the factors lies below 1e-10 of their span is left out.
     """
 
     columns: Tensor
@@ -119,6 +121,9 @@ class Core:
 def reduce(updates: Sequence[LowRank]) -> Core:
     """The core space of updates of one shape and any ranks.
 
+    Where factors are nearly dependent, those of their balanced gauge stand for them (`_balanced`); what rank
+    then counts is numerically nonzero directions.
+
     Raises
     ------
     ValueError
@@ -127,7 +132,8 @@ def reduce(updates: Sequence[LowRank]) -> Core:
     shapes = {u.shape for u in updates}
     if len(shapes) != 1:
         raise ValueError(f"expected updates of one shape, got {sorted(shapes) or 'none'}")
-    return _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
+    core = _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
+    return core if core.left.nested and core.right.nested else _balanced(updates, core.dtype)
 
 
 @full_precision()
@@ -144,13 +150,27 @@ def reduce_batch(modules: Sequence[Sequence[LowRank]], device: str | torch.devic
         # MPS has no float64: what needs it is multiplied before it goes there.
         gram = gram_matrix(stack if there.device.type == "mps" and not _half(stack) else there)
         bases.append(map(Basis.from_gram, there.to(working_dtype(stack.dtype)), gram))
-    return [_core(updates, left, right) for updates, left, right in zip(modules, *bases)]
+    cores = [_core(updates, left, right) for updates, left, right in zip(modules, *bases)]
+    return [
+        core if core.left.nested and core.right.nested else _balanced(updates, core.dtype)
+        for core, updates in zip(cores, modules)
+    ]
+
+
+def _balanced(updates: Sequence[LowRank], dtype: torch.dtype) -> Core:
+    """The core of the updates in the balanced gauge, in float64 on the CPU.
+
+    A gauge of large condition number makes nearly dependent columns that cancel in the product. Cut as columns,
+    their rounding becomes a direction of the update, or a small direction is lost; a balanced column is as long
+    as what it does to the update.
+    """
+    updates = [u.to("cpu", torch.float64).balanced() for u in updates]
+    core = _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
+    return replace(core, dtype=dtype)
 
 
 def _core(updates: Sequence[LowRank], left: Basis, right: Basis) -> Core:
-    dtype = updates[0].dtype
-    for u in updates[1:]:
-        dtype = torch.promote_types(dtype, u.dtype)
+    dtype = fold(torch.promote_types, [u.dtype for u in updates])
     ranks = [u.rank for u in updates]
     pairs = zip(left.coords.split(ranks, dim=1), right.coords.split(ranks, dim=1))
     return Core(left, right, [LowRank(b, a.mT) for b, a in pairs], working_dtype(dtype))

@@ -11,8 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-BLUE, ORANGE, GREEN, YELLOW, SKY, VERMILION, PURPLE, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#B8A500", "#56B4E9", "#D55E00", "#CC79A7", "#8A8A8A",
+BLUE, ORANGE, GREEN, YELLOW, SKY, VERMILION, PURPLE, VIOLET, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#B8A500", "#56B4E9", "#D55E00", "#CC79A7", "#7B68EE", "#8A8A8A",
 )  # fmt: skip
 
 METHOD = {
@@ -25,8 +25,9 @@ METHOD = {
     "OPCM, scale tuned": PURPLE,
     "TSV": BLUE,
     "sequential whitening": YELLOW,
-    "whitened sum, p = 0.5": "#CC6677",
-    "whitened sum, p = 1": "#AA4499",
+    "whitened sum, p = 0.5": VIOLET,
+    "whitened sum, p = 1": VIOLET,
+    "whitened sum, cap 16": VIOLET,
 }
 
 pio.templates["book"] = go.layout.Template(
@@ -65,7 +66,7 @@ def comparison(rows: pd.DataFrame, metric: str = "recovered gain", alt: str = ""
                 "type": "data", "symmetric": False, "thickness": 2, "width": 0,
                 "array": [100 * (row.high - row.value)], "arrayminus": [100 * (row.value - row.low)],
             },
-            marker={"size": 11, "color": METHOD.get(row.method, BLUE)},
+            marker={"size": 11, "color": METHOD.get(row.method, GREY)},
             mode="markers+text",
             text=[f"{100 * row.value:.0f}"],
             textposition="top center",

@@ -26,7 +26,6 @@ from .lowrank import LowRank
 
 Frames = Sequence[Tensor]
 Weights = Sequence[float] | None
-Rng = Generator | None
 Update = LowRank | Tensor
 
 
@@ -34,18 +33,21 @@ def orthonormalise(x: Tensor) -> Tensor:
     """Frame with the span of the columns of x, shape=[..., n, k], by QR with diag(R) > 0.
 
     A frame comes back as it is, and the first j columns keep their span, for every j. Raises ValueError where
-    a column depends on those before it: QR would put an arbitrary direction there.
+    a column depends on those before it, to ten times the rounding of x: QR would put an arbitrary direction there.
     """
     x64 = _columns(x)
     Q, R = torch.linalg.qr(x64)
     R = R.diagonal(dim1=-2, dim2=-1)  # (..., k)
-    noise = 10 * torch.finfo(R.dtype).eps * x.shape[-2] * torch.linalg.vector_norm(x64, dim=-2)
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(R.dtype).eps * x.shape[-2])
+    noise = 10 * eps * torch.linalg.vector_norm(x64, dim=-2)
     if not (R.abs() > noise).all():
         raise ValueError(f"columns are linearly dependent or not finite, shape {tuple(x.shape)}")
     return (Q * R.sign()[..., None, :]).to(x.dtype)
 
 
-def random_frame(n: int, k: int, *, batch=(), generator: Rng = None, dtype=torch.float32) -> Tensor:
+def random_frame(
+    n: int, k: int, *, batch=(), generator: Generator | None = None, dtype=torch.float32
+) -> Tensor:
     """Frame uniform (Haar) on the Stiefel manifold, shape=[..., n, k]; its span is uniform on Gr(k, n).
 
     Drawn in float64, then cast: a seed gives the same subspace in every dtype.
@@ -297,7 +299,9 @@ def ascend_phi(
     scaled = [U * (x / min(k, U.shape[-1])) ** 0.5 for U, x in zip(frames, w, strict=True)]
     Z = torch.cat(scaled, dim=-1)  # (n, Σkᵢ), objective ‖ZᵀU‖²_F
     rate = step_size / (2 * torch.linalg.matrix_norm(Z, 2) ** 2)
-    U = _frame(random_frame(Z.shape[0], k, generator=generator, dtype=Z.dtype) if start is None else start)
+    if start is None:
+        start = random_frame(Z.shape[0], k, generator=generator, dtype=Z.dtype).to(Z.device)
+    U = _frame(start)
     if U.shape != (Z.shape[0], k):
         raise ValueError(f"expected a start of shape {(Z.shape[0], k)}, got {tuple(U.shape)}")
     history = [(Z.mT @ U).square().sum()]

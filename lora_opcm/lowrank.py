@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .options import check
+
 # Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
 # a direction that small is noise, and treating it as a direction is the null-space trap of design.
 RTOL = {torch.float64: 1e-12}
@@ -120,15 +122,25 @@ class LowRank:
         dropped = float(s[k:].double().square().sum()) / total if total else 0.0
         return LowRank((u[:, :k] * root).to(self.dtype), (root[:, None] * vh[:k]).to(self.dtype)), dropped
 
+    def zero(self) -> "LowRank":
+        """The zero update of this shape and dtype, of rank 0, which holds no number."""
+        return LowRank(self.left.new_zeros(self.shape[0], 0), self.right.new_zeros(0, self.shape[1]))
+
     def regauge(self, g: Tensor) -> "LowRank":
-        """The same update with factors (left @ g, g⁻¹ @ right), for g in GL(r), shape=[r, r]."""
-        work = g.double()
+        """The update with factors (left @ g, g⁻¹ @ right), g in GL(r), shape=[r, r]: the same to its dtype's rounding."""
+        work = g.to(self.left.device, torch.float64)
         left = self.left.double() @ work
         right = torch.linalg.solve(work, self.right.double())
         return LowRank(left.to(self.dtype), right.to(self.dtype))
 
     def inner(self, other: "LowRank") -> float:
-        """Frobenius inner product ⟨ΔW, ΔW'⟩ = ⟨LᵀL', R R'ᵀ⟩, in float64."""
+        """Frobenius inner product ⟨ΔW, ΔW'⟩ = ⟨LᵀL', R R'ᵀ⟩, in float64.
+
+        Raises
+        ------
+        ValueError
+            If the shapes (m, n) differ.
+        """
         if self.shape != other.shape:
             raise ValueError(f"expected updates of one shape, got {self.shape} and {other.shape}")
         lefts = self.left.double().mT @ other.left.double()
@@ -141,7 +153,15 @@ class LowRank:
 
 
 def add(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowRank:
-    """Σ wᵢΔWᵢ, exact: factors side by side, of rank Σ rᵢ. Weights are 1 unless given."""
+    """Σ wᵢΔWᵢ: factors side by side, of rank Σ rᵢ; only weights round. They are 1 unless given.
+
+    Raises
+    ------
+    ValueError
+        If there is no update, the shapes (m, n) differ, or the weights are not as many.
+    """
+    if len(shapes := {u.shape for u in updates}) != 1:
+        raise ValueError(f"expected updates of one shape, got {sorted(shapes) or 'none'}")
     weights = [1.0] * len(updates) if weights is None else weights
     left = torch.cat([u.left * w for u, w in zip(updates, weights, strict=True)], dim=1)
     return LowRank(left, torch.cat([u.right for u in updates], dim=0))
@@ -168,18 +188,24 @@ def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :k], s[:k], vh[:k]
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor Inf."""
+    # NaN and Inf survive a minimum and a maximum. One pass, no copy: copies of half precision, freed between
+    # small tensors that stay, leave holes in the heap as large as the file.
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def keep_rank(s: Tensor, rank: int | None = None, energy: float | None = None) -> int:
     """How many of the singular values `s` (descending) to keep: at most `rank`, and no more than `energy` asks.
 
     Raises
     ------
     ValueError
-        If rank < 1 or energy is outside (0, 1].
+        If rank is no integer of at least 1, or energy outside (0, 1].
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must lie in (0, 1], got {energy}")
+    check(rank=rank, energy=energy)
     k = len(s)
     if energy is not None and k:
         share = s.double().square().cumsum(0)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .adapters import Adapter, _finite, combine
+from .adapters import Adapter, combine, scaled, shapes_of
 from .core import Core, reduce, reduce_batch
 from .lowrank import LowRank, working_dtype
 from .opcm import FactorMerger, stream
+from .options import check
 from .parallel import Progress, parallel_map
 
 SPACES = {"core": "core space", "factors": "factors", "dense": "dense ΔW"}
@@ -67,19 +68,11 @@ class Part:
 
         Sums over modules are exactly rounded: they do not depend on how modules are shared out.
         """
-        root = 1.0
+        factor = 1.0
         for group in zip(*self.sizes.values()):
             size, *parts = (math.sqrt(math.fsum(column)) for column in zip(*group))
-            root *= math.sqrt(sum(parts) / len(parts) / size) if size else 1.0
-        dtype = self.adapter.dtype
-        modules = {}
-        for name, u in self.adapter.modules.items():
-            modules[name] = u = LowRank(u.left * root, u.right * root).to(dtype)
-            if not (_finite(u.left) and _finite(u.right)):
-                raise ValueError(
-                    f"{self.adapter.source}: {name}: the merge is not finite in {dtype}, expected smaller updates"
-                )
-        return self.adapter.with_modules(modules)
+            factor *= sum(parts) / len(parts) / size if size else 1.0
+        return scaled(self.adapter, self.adapter.modules, factor)
 
 
 def merge(
@@ -146,19 +139,9 @@ def merge_part(
     **options,
 ) -> Part:
     """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
-    if method not in REGISTRY:
-        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(sorted(REGISTRY))}")
-    entry = REGISTRY[method]
-    unknown = set(options) - set(entry.options)
-    if unknown:
-        raise ValueError(
-            f"{method} has no option {sorted(unknown)}; it takes {sorted(entry.options) or 'none'}"
-        )
-    if not 0 < options.get("density", 1) <= 1:
-        raise ValueError(f"density must lie in (0, 1], got {options['density']}")
-    adapters, weights = list(adapters), _weights(adapters, weights)
-    shapes = _shapes(adapters)
-    merged = combine(adapters, adapters[0].modules)
+    adapters = list(adapters)
+    entry, weights, merged = checked(adapters, method, weights, rank, energy, **options)
+    shapes = shapes_of(adapters)
     by_norm = options.get("scale", entry.options.get("scale")) == "norm"
     if by_norm:
         options = options | {"scale": 1.0}
@@ -182,6 +165,8 @@ def merge_part(
             update = rules.dense(entry.run([u.left.double() @ u.right.double() for u in updates], **local))
         else:
             update, sizes = entry.run([wide(u) for u in updates], **local)
+        if by_norm:
+            sizes = [[update.norm() ** 2, *(u.norm() ** 2 for u in updates)]]
         update, share = update.truncate(rank, energy)
         return update.to("cpu"), share, sizes
 
@@ -206,6 +191,34 @@ def merge_part(
         {name: share for name, (_, share, _) in found.items()},
         {name: sizes for name, (_, _, sizes) in found.items() if sizes},
     )
+
+
+def checked(
+    adapters: Sequence[Adapter],
+    method: str,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    **options,
+) -> tuple[Method, list[float], Adapter]:
+    """What `merge` refuses before it works, see there: the method, the weights, and the metadata of the result."""
+    if method not in REGISTRY:
+        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(sorted(REGISTRY))}")
+    entry = REGISTRY[method]
+    unknown = set(options) - set(entry.options)
+    if unknown:
+        raise ValueError(
+            f"{method} has no option {sorted(unknown)}; it takes {sorted(entry.options) or 'none'}"
+        )
+    check(rank=rank, energy=energy, **options)
+    if not adapters:
+        raise ValueError("expected at least one adapter, got none")
+    weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(adapters):
+        raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be finite, got {weights}")
+    return entry, weights, combine(adapters, adapters[0].modules)
 
 
 def _batches(adapters: Sequence[Adapter], names: Iterable[str]) -> Iterator[Sequence[str]]:
@@ -238,29 +251,6 @@ def methods():
         for m in REGISTRY.values()
     ]
     return pd.DataFrame(rows).set_index("method")
-
-
-def _weights(adapters: list[Adapter], weights: Sequence[float] | None) -> list[float]:
-    if not adapters:
-        raise ValueError("expected at least one adapter, got none")
-    weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(adapters):
-        raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights must be finite, got {weights}")
-    return weights
-
-
-def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
-    """Every module any adapter has, with the shape all that have it agree on."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for adapter in adapters:
-        for name, update in adapter.modules.items():
-            if shapes.setdefault(name, update.shape) != update.shape:
-                raise ValueError(
-                    f"{adapter.source}: {name} has shape {update.shape}, in an earlier adapter {shapes[name]}"
-                )
-    return shapes
 
 
 def _updates(adapters: Sequence[Adapter], name: str, weights: Sequence[float]) -> list[LowRank]:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapters import Adapter, combine
+from .adapters import Adapter, combine, scaled
 from .core import Core, reduce
 from .lowrank import LowRank, nonzero_svd, working_dtype
+from .options import check
 from .parallel import Progress, parallel_map
 from .state import factors, load_state, save_state
-
-VARIANTS = ("paper", "fusionbench")
 
 
 def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
@@ -32,9 +31,10 @@ def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
     α = 1). `fusionbench`: the count of leading values whose cumulative share does not exceed α; it is one
     less wherever the share is not met exactly. (The released code returns 0 at α = 1, where its search for a
     larger share finds none; we return all.)
+
+    `s` is descending, shape=[r]. Raises ValueError for an α outside [0, 1] or another variant.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    check(alpha=alpha, variant=variant)
     if alpha == 0 or not len(s):
         return 0
     share = s.cumsum(0) / s.sum()
@@ -51,10 +51,15 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
     With merged = UΣVᵀ and k = `cut`: `paper` keeps only the part with both indices beyond k,
     (I − U_kU_kᵀ) Δ (I − V_kV_kᵀ); `fusionbench` clears the k×k block U_k(U_kᵀΔV_k)V_kᵀ. Both clear the
     diagonal ⟨Δ, u_i v_iᵀ⟩ too, but only on numerically nonzero σ_i: beyond them a full SVD pads U and V with
-    an arbitrary basis, and clearing there would make the result depend on the LAPACK build.
+    an arbitrary basis, and clearing there would make the result depend on the LAPACK build. `dtype` is that of
+    the factors `merged` came from: it says what is zero.
+
+    Raises
+    ------
+    ValueError
+        As `cut`.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
+    check(alpha=alpha, variant=variant)
     u, s, vh = nonzero_svd(merged, dtype)
     u = F.pad(u, (0, 0, 0, delta.shape[0] - u.shape[0]))
     vh = F.pad(vh, (0, delta.shape[1] - vh.shape[1]))
@@ -83,9 +88,10 @@ def stream(core: Core, alpha: float, variant: str) -> Tensor:
 
 @dataclass
 class MergedState:
-    """What a stream needs to go on: thin factors, norms and names; nothing that grows with the stream.
+    """What a stream needs to go on: thin factors, and a norm, a name and a row of history for every adapter.
 
-    `updates` holds S = Σ P_t(Δ_t) per module, not yet scaled; `norms` the ‖Δ_t‖_F of each whole adapter.
+    `updates` holds S = Σ P_t(Δ_t) per module, not yet scaled, of a rank that a cap bounds; `norms` the ‖Δ_t‖_F of
+    each whole adapter.
     """
 
     updates: dict[str, LowRank] = field(default_factory=dict)
@@ -120,17 +126,10 @@ class ContinualMerger:
     """
 
     def __init__(self, alpha: float = 0.5, variant: str = "paper", scale: str | float = "norm", rank=None):
-        if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
-        if not (scale == "norm" or isinstance(scale, int | float)):
-            raise ValueError(f"scale must be 'norm' or a number, got {scale!r}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-        if rank is not None and not (isinstance(rank, int) and rank >= 1):
-            raise ValueError(f"rank must be at least 1, got {rank!r}")
+        check(alpha=alpha, variant=variant, scale=scale, rank=rank)
         self.alpha, self.variant, self.scale, self.rank = alpha, variant, scale, rank
         self.state = MergedState()
-        self._like: Adapter | None = None  # metadata of the first adapter, for the export
+        self._like: Adapter | None = None  # metadata and shapes of what was added, for the export
 
     def add(
         self, adapter: Adapter, name: str | None = None, progress: Progress | None = None
@@ -138,39 +137,37 @@ class ContinualMerger:
         """Take in one adapter. A module it lacks counts as zero; a module's first update is taken whole.
 
         `progress` is wrapped around the modules as they are done, as in `merge`.
+
+        Raises
+        ------
+        AdapterError
+            As `combine`, if it does not go with what was added before: the state is then as it was.
         """
         state = self.state
-        for module, update in adapter.modules.items():
-            known = state.updates.get(module)
-            if known is not None and known.shape != update.shape:
-                raise ValueError(
-                    f"{adapter.source}: {module} has shape {update.shape}, in the merged state {known.shape}"
-                )
         like = combine([self._like, adapter], self._like.modules) if self._like else adapter
         taken = dict(zip(adapter.modules, parallel_map(self._take, adapter.modules.items(), progress)))
-        state.updates |= {module: update for module, (update, _, _) in taken.items()}
         kept, dropped = (sum(t[i] for t in taken.values()) for i in (1, 2))
         norm = adapter.norm()
-        state.norms.append(norm)
-        state.names.append(name or f"adapter {len(state.norms)}")
-        size = state.norm()
-        state.history.append(
-            {
-                "name": state.names[-1],
-                "norm": norm,
-                "lambda": 1 / state.scale,
-                "cleared": 1 - kept / norm**2 if norm else 0.0,  # share of ‖Δ‖² the projection removed
-                "dropped": dropped / (size**2 + dropped) if size else 0.0,  # share the rank cap cut off
-                "rank": max(u.rank for u in state.updates.values()),
-            }
-        )
-        self._like = like
+        name = name or f"adapter {len(state.norms) + 1}"
+        updates = state.updates | {module: update for module, (update, _, _) in taken.items()}
+        new = MergedState(updates, [*state.norms, norm], [*state.names, name])
+        size = new.norm()
+        row = {
+            "name": name,
+            "norm": norm,
+            "lambda": 1 / new.scale,
+            "cleared": 1 - kept / norm**2 if norm else 0.0,  # share of ‖Δ‖² the projection removed
+            "dropped": dropped / (size**2 + dropped) if size else 0.0,  # share the rank cap cut off
+            "rank": max((u.rank for u in updates.values()), default=0),
+        }
+        self.state = replace(new, history=[*state.history, row])
+        self._like = like.with_modules({name: u.zero() for name, u in updates.items()})
         return self
 
     def _take(self, item: tuple[str, LowRank]) -> tuple[LowRank, float, float]:
         """One module: its new S, the squared norm let in, and the squared norm the rank cap cut off."""
         module, update = item
-        update = update.to(working_dtype(update.dtype))  # the state is never half precision
+        update = update.to("cpu", working_dtype(update.dtype))  # the state is never half precision
         merged = self.state.updates.get(module)
         if merged is None:
             size = update.norm() ** 2
@@ -183,15 +180,19 @@ class ContinualMerger:
         return update, float(let_in.square().sum()), cut_off * float(total.square().sum())
 
     def adapter(self, rank: int | None = None, energy: float | None = None) -> Adapter:
-        """The merged adapter, M = scale · S, truncated if asked."""
+        """The merged adapter, M = scale · S, truncated if asked.
+
+        Raises
+        ------
+        ValueError
+            If nothing was added yet, for a wrong rank or energy, or as `scaled`.
+        """
         if self._like is None:
             raise ValueError("nothing was added yet: add an adapter first")
         scale = self.state.scale if self.scale == "norm" else float(self.scale)
-        like, updates = self._like, self.state.updates
-        cut_off = parallel_map(
-            lambda u: (u.truncate(rank, energy)[0] * scale).to(like.dtype), updates.values()
-        )
-        return like.with_modules(dict(zip(updates, cut_off)))
+        updates = self.state.updates
+        cut_off = parallel_map(lambda u: u.truncate(rank, energy)[0], updates.values())
+        return scaled(self._like, dict(zip(updates, cut_off)), scale)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the state to one .safetensors file; what was there stays whole until the new one is."""
@@ -203,8 +204,7 @@ class ContinualMerger:
             "state": {"norms": self.state.norms, "names": self.state.names, "history": self.state.history},
             "modules": list(self.state.updates),
         }
-        like = self._like and self._like.with_modules(self.state.updates)
-        return save_state(path, "opcm", like, header, tensors)
+        return save_state(path, "opcm", self._like, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ContinualMerger":
@@ -223,7 +223,7 @@ class ContinualMerger:
                 raise ValueError("expected modules, and a name and a norm for every adapter")
             kept["norms"] = [float(x) for x in kept["norms"]]
             merger.state = MergedState(updates, **kept)
-            merger._like = replace(like, modules=updates)
+            merger._like = replace(like, modules={name: u.zero() for name, u in updates.items()})
             return merger
 
         return load_state(path, "opcm", build)
@@ -235,15 +235,26 @@ class FactorMerger:
     Depends on the gauge: it merges numbers that only their product gives a meaning. With gauge "balanced"
     every adapter is brought to U√Σ, √ΣVᵀ with fixed signs first, so that the result depends on the updates
     alone; it still is another method than OPCM. All ranks of one module must be equal.
+
+    Raises
+    ------
+    ValueError
+        For an alpha, a gauge or a scale that is none.
     """
 
     def __init__(self, alpha: float = 0.5, gauge: str = "given", scale: str | float = "norm"):
-        self.sides([], gauge)  # refuses a gauge it does not know
+        check(gauge=gauge)
         self.gauge = gauge
         self.left, self.right = (ContinualMerger(alpha=alpha, scale=scale) for _ in range(2))
 
     def add(self, adapter: Adapter) -> "FactorMerger":
-        """Take in one adapter."""
+        """Take in one adapter.
+
+        Raises
+        ------
+        ValueError
+            If the rank of a module is not that of earlier adapters; and as `ContinualMerger.add`.
+        """
         lefts, rights = {}, {}
         for name, u in adapter.modules.items():
             known = self.left.state.updates.get(name)
@@ -260,8 +271,7 @@ class FactorMerger:
     @staticmethod
     def sides(updates: Sequence[LowRank], gauge: str) -> tuple[list[LowRank], list[LowRank]]:
         """The factors B (m, r) and A (r, n) of updates of one module as updates of their own, B·I and I·A."""
-        if gauge not in ("given", "balanced"):
-            raise ValueError(f"gauge must be 'given' or 'balanced', got {gauge!r}")
+        check(gauge=gauge)
         ranks = {u.rank for u in updates}
         if len(ranks) > 1:
             raise ValueError(f"merging factors needs equal ranks, got {sorted(ranks)}")

@@ -24,9 +24,10 @@ from functools import cache
 
 import torch
 
-from .adapters import Adapter
+from .adapters import Adapter, shapes_of
 from .lowrank import nonzero_svd
-from .methods import REGISTRY, _shapes
+from .methods import REGISTRY
+from .options import check
 from .parallel import parallel_map
 
 START = 2e6  # operations
@@ -196,17 +197,21 @@ def plan(
     Raises
     ------
     ValueError
-        For an unknown method, or numbers of ranks and adapters that differ.
+        For an unknown method, nothing to merge, a wrong rank, shapes that differ, or numbers of ranks and adapters
+        that do.
     """
     if method not in REGISTRY:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(sorted(REGISTRY))}")
+    if not len(what):
+        raise ValueError("expected modules, or at least one adapter, got none")
+    check(rank=rank)
     if isinstance(what, Mapping):
         ranks = [ranks] * count if isinstance(ranks, int) else list(ranks)
         if len(ranks) != count:
             raise ValueError(f"expected {count} ranks, one per adapter, got {len(ranks)}")
         shapes, each = dict(what), dict.fromkeys(what, ranks)
     else:
-        shapes, dtype = _shapes(what), what[0].dtype
+        shapes, dtype = shapes_of(what), what[0].dtype
         each = {name: [a.modules[name].rank for a in what if name in a.modules] for name in shapes}
     machine = machine or calibrate()
     found = {name: _module(method, *shape, each[name]) for name, shape in shapes.items()}

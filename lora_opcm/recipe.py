@@ -77,7 +77,7 @@ def write_merge(
         As `save_adapter`, and if any of the files exists and `overwrite` is not set.
     """
     output, format = Path(output), format or merged.format
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, format)
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = beside(output)
     try:
@@ -110,8 +110,17 @@ def write_merge(
     return output
 
 
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Raise AdapterError if a merge written to `output` would replace a file; asked before the work, and after."""
+def refuse_existing(output: Path, overwrite: bool, format: str | None = None) -> None:
+    """Raise AdapterError if a merge written to `output` would replace a file; asked before the work, and after.
+
+    Also if the name is none for a `format` that is known: PEFT writes folders, the others .safetensors files.
+    """
+    if format == "peft" and output.is_file() and overwrite:
+        raise AdapterError(f"{output}: a PEFT adapter is a folder, got a file that exists")
+    if format not in (None, "peft") and (output.is_dir() or output.suffix != ".safetensors"):
+        raise AdapterError(
+            f"{output}: a {format} adapter is one file, expected a name ending in .safetensors"
+        )
     if output.is_file() or output.suffix == ".safetensors" and not output.is_dir():
         files = [output, recipe_of(output)]
     else:

@@ -15,6 +15,7 @@ from .grassmann import chordal_mean as chordal_frame
 from .grassmann import karcher_mean as karcher_frame
 from .lowrank import LowRank, nonzero_svd
 from .opcm import stream
+from .options import check
 from .sums import Sums
 
 # -- entry by entry ------------------------------------------------------------------------------------------
@@ -22,7 +23,7 @@ from .sums import Sums
 
 def trim(x: Tensor, density: float) -> Tensor:
     """Keep the share `density` of entries of largest magnitude, ties included."""
-    if density >= 1:
+    if density >= 1 or not x.numel():
         return x
     keep = max(1, round(density * x.numel()))
     threshold = x.abs().flatten().kthvalue(x.numel() - keep + 1).values
@@ -144,11 +145,21 @@ def onto(core: Core, left: Tensor, right: Tensor, scale: float) -> Tensor:
     return scale * left @ (left.mT @ sum(core.cores) @ right) @ right.mT
 
 
+def leading(core: Core, k: int | None, common: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+    """The thin SVDs of the cores that are not zero, and k, their largest rank unless given.
+
+    With `common` it is cut to the directions that all of them have.
+    """
+    frames = [f for f in core.frames() if len(f[1])]
+    ranks = [len(s) for _, s, _ in frames]
+    k = k or max(ranks, default=0)
+    return frames, min([k, *ranks]) if common else k
+
+
 def chordal_mean(core: Core, k: int | None = None, scale: float = 1.0) -> Tensor:
     """The sum, seen through the chordal means of the output and of the input subspaces."""
-    frames = [f for f in core.frames() if len(f[1])]
-    k = k or max((len(s) for _, s, _ in frames), default=0)
-    if not k:
+    frames, k = leading(core, k, common=False)
+    if not frames:
         return torch.zeros_like(core.cores[0])
     share = [1 / min(k, len(s)) for _, s, _ in frames]  # of mixed ranks, so that Σ φ is what is maximised
     left = chordal_frame([u for u, _, _ in frames], weights=share, k=k)
@@ -161,9 +172,8 @@ def karcher_mean(core: Core, k: int | None = None, scale: float = 1.0) -> Tensor
     Iterates to a gradient of 1e-6 at most 100 times: subspaces of unrelated adapters are nearly orthogonal,
     far outside the ball where the mean is unique, and the iteration then creeps.
     """
-    frames = [f for f in core.frames() if len(f[1])]
-    k = min([len(s) for _, s, _ in frames] + ([k] if k else []), default=0)
-    if not k:
+    frames, k = leading(core, k, common=True)
+    if not frames:
         return torch.zeros_like(core.cores[0])
     left = karcher_frame([u[:, :k] for u, _, _ in frames], tol=1e-6, max_iter=100)
     right = karcher_frame([vh[:k].mT for _, _, vh in frames], tol=1e-6, max_iter=100)
@@ -174,22 +184,18 @@ def ctm(
     core: Core, k: int | None = None, rule: str = "sum", density: float = 0.5, scale: float = 1.0
 ) -> Tensor:
     """Compress, then merge: shared k-dimensional subspaces of most energy, then a rule on k×k coordinates."""
-    if rule not in ("sum", "ties"):
-        raise ValueError(f"rule must be 'sum' or 'ties', got {rule!r}")
+    check(rule=rule)
     k = k or max(f.rank for f in core.factors)
-    cores = core.cores
-    left = nonzero_svd(torch.cat(cores, 1), core.dtype)[0][:, :k]
-    right = nonzero_svd(torch.cat([c.mT for c in cores], 1), core.dtype)[0][:, :k]
-    parts = [left.mT @ c @ right for c in cores]
+    left, parts, right = canonical(core)
+    left, parts, right = left[:, :k], [c[:k, :k] for c in parts], right[:, :k]
     merged = sum(parts) if rule == "sum" else elect([trim(c, density) for c in parts])
     return scale * left @ merged @ right.mT
 
 
 def quotient_mean(core: Core, k: int | None = None, scale: float = 1.0, steps: int = 50) -> Tensor:
     """Fréchet mean of balanced factors [U√Σ; V√Σ] modulo O(k): align all to the mean, average, repeat."""
-    frames = [f for f in core.frames() if len(f[1])]
-    k = min([len(s) for _, s, _ in frames] + ([k] if k else []), default=0)
-    if not k:
+    frames, k = leading(core, k, common=True)
+    if not frames:
         return torch.zeros_like(core.cores[0])
     p = core.cores[0].shape[0]
     points = [torch.cat([u[:, :k], vh[:k].mT]) * s[:k].sqrt() for u, s, vh in frames]

@@ -34,7 +34,8 @@ def merge_shard(
     hashes: Sequence[tuple[str, str]] = (),
     **call,
 ) -> Path:
-    """Merge the modules of shard (index, count), 0 ≤ index < count; `call` is as for `merge`.
+    """Merge the modules of shard (index, count), 0 ≤ index < count; `call` is as for `merge`, but for
+    `dropped`, which `join` returns.
 
     `hashes` are names and sha256 of the inputs, which `join` hands on for a recipe.
 

@@ -7,7 +7,11 @@ import torch
 from .adapters import Adapter
 from .grassmann import phi, phi_null, phi_pvalue, principal_angles
 from .lowrank import LowRank
+from .options import check
 from .parallel import Progress, parallel_map
+
+SIDES = [f"{what}_{side}" for side in ("left", "right") for what in ("phi", "null", "p", "angle")]
+COLUMNS = ["cosine", "norm_a", "norm_b", "energy_a", "energy_b", *SIDES]
 
 
 def similarity(a: Adapter, b: Adapter, k: int = 8, l: int = 8, progress: Progress | None = None):
@@ -27,13 +31,16 @@ def similarity(a: Adapter, b: Adapter, k: int = 8, l: int = 8, progress: Progres
         independent uniform subspaces `null_left`, `null_right`, upper-tail p-values `p_left`, `p_right`, the
         smallest principal angles `angle_left`, `angle_right` in radians, `cosine` = ⟨ΔW_a, ΔW_b⟩ over norms,
         `norm_a`, `norm_b`, and the shares of the squared norm in the leading directions `energy_a`, `energy_b`.
+        NaN where an update is zero: it has no directions.
 
     Raises
     ------
     ValueError
-        If no module is shared, or shapes differ.
+        If no module is shared, shapes differ, or k or l is no integer of at least 1.
     """
     import pandas as pd
+
+    check(k=k, l=l)
 
     names = [name for name in a.modules if name in b.modules]
     if not names:
@@ -48,10 +55,12 @@ def _row(name: str, x: LowRank, y: LowRank, k: int, l: int) -> dict:
     (ux, sx, vx), (uy, sy, vy) = x.svd(), y.svd()
     k, l = min(k, len(sx)), min(l, len(sy))
     norm_x, norm_y = float(sx.norm()), float(sy.norm())
-    row = {"module": name, "cosine": math.nan, "norm_a": norm_x, "norm_b": norm_y}
-    row["energy_a"] = float(sx[:k].square().sum()) / norm_x**2 if k else math.nan
-    row["energy_b"] = float(sy[:l].square().sum()) / norm_y**2 if l else math.nan
-    if k and l:  # a zero update has no directions
+    row = {"module": name} | dict.fromkeys(COLUMNS, math.nan) | {"norm_a": norm_x, "norm_b": norm_y}
+    if k:
+        row["energy_a"] = float(sx[:k].square().sum()) / norm_x**2
+    if l:
+        row["energy_b"] = float(sy[:l].square().sum()) / norm_y**2
+    if k and l:
         row["cosine"] = x.inner(y) / (norm_x * norm_y)
         for side, p, q in (("left", ux[:, :k], uy[:, :l]), ("right", vx[:k].mT, vy[:l].mT)):
             value, n = float(phi(p, q)), p.shape[0]
@@ -69,14 +78,14 @@ def align(adapter: Adapter, to: Adapter) -> Adapter:
     """
 
     def one(name: str) -> LowRank:
-        x = adapter.modules[name].balanced()
-        y = to.modules[name].balanced() if name in to.modules else None
+        update = adapter.modules[name]
+        x = update.to(torch.float64).balanced()  # rounded once, at the end
+        y = to.modules[name].to(torch.float64).balanced() if name in to.modules else None
         if y is None or y.rank != x.rank or y.shape != x.shape:
-            return x
+            return x.to(update.dtype)
         # Σ σ is weighed equally on both sides in the balanced gauge, so both sides have a say in Q.
-        overlap = x.left.double().mT @ y.left.double() + x.right.double() @ y.right.double().mT
-        u, _, vh = torch.linalg.svd(overlap)
-        q = (u @ vh).to(x.dtype)
-        return LowRank(x.left @ q, q.mT @ x.right)
+        u, _, vh = torch.linalg.svd(x.left.mT @ y.left + x.right @ y.right.mT)
+        q = u @ vh
+        return LowRank(x.left @ q, q.mT @ x.right).to(update.dtype)
 
     return adapter.with_modules(dict(zip(adapter.modules, parallel_map(one, adapter.modules))))

@@ -10,8 +10,8 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapters import DTYPES, Adapter, AdapterError, Kind, _finite
-from .lowrank import LowRank
+from .adapters import DTYPES, Adapter, AdapterError, Kind
+from .lowrank import LowRank, finite
 from .writing import replacing, write_safetensors
 
 KEY = "lora_opcm_state"
@@ -82,8 +82,9 @@ def load_state(path: str | os.PathLike, kind: str, build: Callable[..., Merger])
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        bad = next((name for name, t in tensors.items() if t.dtype not in DTYPES or not _finite(t)), None)
+            # Copies: a file's tensors lie at any address, and on some processors a product's last bits depend on it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        bad = next((name for name, t in tensors.items() if t.dtype not in DTYPES or not finite(t)), None)
         if bad:
             raise ValueError(f"{bad} holds NaN or Inf, or no numbers")
         like = header["adapter"]
@@ -98,7 +99,7 @@ def load_state(path: str | os.PathLike, kind: str, build: Callable[..., Merger])
         saved = {n.removeprefix("saved/"): t for n, t in tensors.items() if n.startswith("saved/")}
         like |= {"kinds": kinds, "dtype": dtypes[like["dtype"]], "saved": saved}
         return build(header, tensors, Adapter({}, **like))
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise AdapterError(f"{path}: a damaged state: {type(error).__name__}: {error}") from None
 
 

@@ -24,7 +24,8 @@ from .console import (
     show,
     torch_dtype,
 )
-from .opcm import VARIANTS, ContinualMerger
+from .opcm import ContinualMerger
+from .options import VARIANTS
 from .recipe import refuse_existing
 from .state import LOADERS, kind_of
 from .sums import SumMerger
@@ -84,7 +85,7 @@ def export(
     overwrite: Overwrite = False,
 ):
     """Write the merged adapter of a state."""
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, format and format.value)
     merger = _load(state)
     try:
         merged = merger.adapter(rank=rank, energy=energy)
@@ -169,11 +170,11 @@ def _refuse_change(state: Path, merger, kind: str | None, given: dict) -> None:
 def _table(merger: ContinualMerger | SumMerger, as_json: bool) -> None:
     """What a state holds, in the order it came."""
     if isinstance(merger, SumMerger):
-        rows, rank = merger.members, max(max(s.S.shape) for s in merger.sums.values())
+        rows, rank = merger.members, max((max(s.S.shape) for s in merger.sums.values()), default=0)
         heads = {"name": "name", "norm": "norm", "sha256": "sha256 of the factors"}
         what = f"whitened_sum, power {merger.power:g}, cap {merger.cap or 'none'}"
     else:
-        rows, rank = merger.state.history, max(u.rank for u in merger.state.updates.values())
+        rows, rank = merger.state.history, max((u.rank for u in merger.state.updates.values()), default=0)
         heads = {"name": "name", "norm": "norm", "lambda": "λ", "cleared": "projected out", "dropped": "cut by the cap",
                  "rank": "rank"}  # fmt: skip
         what = f"opcm, α {merger.alpha:g}, {merger.variant}, cap {merger.rank or 'none'}"

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, combine
+from .adapters import Adapter, combine, scaled
 from .lowrank import LowRank, nonzero_svd
+from .options import check
 from .parallel import Progress, parallel_map
 from .state import load_state, save_state
 
@@ -48,6 +49,14 @@ class Sums:
         if (self.S.shape, self.L.shape, self.R.shape) != ((p, q), (p, p), (q, q)):
             found = [tuple(x.shape) for x in (self.S, self.L, self.R)]
             raise ValueError(f"expected S {(p, q)}, L {(p, p)} and R {(q, q)}, got {found}")
+        for name in (
+            "left",
+            "right",
+            "S",
+            "L",
+            "R",
+        ):  # one layout: products of a state from a file round alike
+            object.__setattr__(self, name, getattr(self, name).contiguous())
 
     @classmethod
     def empty(cls, m: int, n: int) -> "Sums":
@@ -99,7 +108,7 @@ def inverse_root(x: Tensor) -> Tensor:
 
 def _shares(svd: SVD, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U, σ and Vᵀ in float64, and the weights (σ/‖σ‖)^power of their directions in L and R."""
-    u, s, vh = (x.double() for x in svd)
+    u, s, vh = (x.to("cpu", torch.float64) for x in svd)  # where the sums are
     relative = s / s[:1]  # the square of a tiny norm is zero
     return u, s, vh, (relative / relative.norm()) ** power
 
@@ -135,26 +144,22 @@ class SumMerger:
     """
 
     def __init__(self, power: float = 0.5, cap: int | None = None, scale: float = 1.0):
-        if not 0 <= power <= 1:
-            raise ValueError(f"power must lie in [0, 1], got {power}")
-        if cap is not None and not (isinstance(cap, int) and cap >= 1):
-            raise ValueError(f"cap must be at least 1, got {cap!r}")
-        if not isinstance(scale, int | float):
-            raise ValueError(f"scale must be a number, got {scale!r}")
+        check(power=power, cap=cap, scale=scale)
+        if scale == "norm":
+            raise ValueError("scale must be a number, got 'norm'")
         self.power, self.cap, self.scale = power, cap, scale
         self.sums: dict[str, Sums] = {}
         self.members: list[dict] = []  # name, norm and fingerprint of what is in the sums
         self._like: Adapter | None = None
 
     def add(self, adapter: Adapter, name: str | None = None, progress: Progress | None = None) -> "SumMerger":
-        """Take in one adapter. A module it lacks counts as zero. `progress` as in `merge`."""
-        for module, update in adapter.modules.items():
-            known = self.sums.get(module)
-            shape = (len(known.left), len(known.right)) if known else update.shape
-            if shape != update.shape:
-                raise ValueError(
-                    f"{adapter.source}: {module} has shape {update.shape}, in the merged state {shape}"
-                )
+        """Take in one adapter. A module it lacks counts as zero. `progress` as in `merge`.
+
+        Raises
+        ------
+        AdapterError
+            As `combine`, if it does not go with what was added before: the state is then as it was.
+        """
         like = combine([self._like, adapter], self._like.modules) if self._like else adapter
 
         def grow(module: str) -> Sums:
@@ -164,11 +169,14 @@ class SumMerger:
         self.sums |= dict(zip(adapter.modules, parallel_map(grow, adapter.modules, progress)))
         name = name or f"adapter {len(self.members) + 1}"
         self.members.append({"name": name, "norm": adapter.norm(), "sha256": fingerprint(adapter)})
-        self._like = like
+        self._like = like.with_modules(_shapes(self.sums))
         return self
 
     def remove(self, adapter: Adapter, progress: Progress | None = None) -> "SumMerger":
         """Subtract what `add` added for this adapter: the state is then as if it had never come, to rounding.
+
+        A module whose directions all go is dropped. Metadata stays: the dtype is still the widest of all that
+        came, and what the first adapter said of its base model and configuration holds.
 
         Raises
         ------
@@ -194,12 +202,21 @@ class SumMerger:
         def shrink(module: str) -> Sums:
             return self.sums[module].subtract(adapter.modules[module].svd(), self.power)
 
-        self.sums |= dict(zip(adapter.modules, parallel_map(shrink, adapter.modules, progress)))
+        held = [module for module in adapter.modules if module in self.sums]  # one that is zero may be gone
+        left = self.sums | dict(zip(held, parallel_map(shrink, held, progress)))
+        self.sums = {module: sums for module, sums in left.items() if any(sums.S.shape)}
         self.members.remove(found)
+        self._like = self._like.with_modules(_shapes(self.sums))
         return self
 
     def adapter(self, rank: int | None = None, energy: float | None = None) -> Adapter:
-        """scale · L^{-1/2} S R^{-1/2}, truncated if asked."""
+        """scale · L^{-1/2} S R^{-1/2}, truncated if asked.
+
+        Raises
+        ------
+        ValueError
+            If nothing was added yet, for a wrong rank or energy, or as `scaled`.
+        """
         if self._like is None:
             raise ValueError("nothing was added yet: add an adapter first")
         dtype = self._like.dtype
@@ -207,9 +224,9 @@ class SumMerger:
         def export(sums: Sums) -> LowRank:
             u, s, vh = nonzero_svd(sums.core(), dtype)
             update = LowRank(sums.left @ (u * (self.scale * s)), vh @ sums.right.mT)
-            return update.truncate(rank, energy)[0].to(dtype)
+            return update.truncate(rank, energy)[0]
 
-        return self._like.with_modules(dict(zip(self.sums, parallel_map(export, self.sums.values()))))
+        return scaled(self._like, dict(zip(self.sums, parallel_map(export, self.sums.values()))))
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the state to one .safetensors file; what was there stays whole until the new one is."""
@@ -220,8 +237,7 @@ class SumMerger:
             "members": self.members,
             "modules": list(self.sums),
         }
-        like = self._like and self._like.with_modules(_shapes(self.sums))
-        return save_state(path, "whitened_sum", like, header, tensors)
+        return save_state(path, "whitened_sum", self._like, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SumMerger":
@@ -235,9 +251,7 @@ class SumMerger:
 
         def build(header: dict, tensors: dict[str, Tensor], like: Adapter) -> "SumMerger":
             merger, members = cls(**header["merger"]), header["members"]
-            if not (
-                header["modules"] and members and all({"name", "norm", "sha256"} <= set(m) for m in members)
-            ):
+            if not (header["modules"] and members and all(map(_is_member, members))):
                 raise ValueError("expected modules, and name, norm and sha256 of every adapter")
             for n in header["modules"]:
                 merger.sums[n] = Sums(
@@ -258,6 +272,12 @@ def fingerprint(adapter: Adapter) -> str:
             found.update(f"{name} {tuple(x.shape)} {x.dtype};".encode())
             found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _is_member(found: dict) -> bool:
+    """Whether a saved record is one that `SumMerger.add` makes."""
+    words = isinstance(found["name"], str) and isinstance(found["sha256"], str)
+    return words and isinstance(found["norm"], float)
 
 
 def _shapes(sums: dict[str, Sums]) -> dict[str, LowRank]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import configs, formats
-from .adapters import CONFIG, DTYPES, FACTOR_DTYPES, WEIGHTS, Adapter, Stored, _finite
+from .adapters import CONFIG, DTYPES, FACTOR_DTYPES, WEIGHTS, Adapter, Stored
 from .formats import LINEAR, AdapterError
-from .lowrank import LowRank
+from .lowrank import LowRank, finite
 
 
 def save_adapter(
@@ -221,7 +221,7 @@ def write_safetensors(
         for key in order:
             tensor, dtype = tensors[key]
             cast = tensor.detach().to("cpu", dtype).contiguous()
-            if not _finite(cast):
+            if not finite(cast):
                 raise AdapterError(f"{where}: {key} is not finite in {dtype}, expected a wider dtype")
             yield cast.reshape(-1).view(torch.uint8).numpy()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 import re
@@ -114,6 +115,14 @@ def test_compare_by_module_and_with_two_numbers_of_directions(folder):
         "2 directions of the first and 3 of the second"
         in run(folder, "compare", "a", "b", "--k", 2, "--l", 3).stdout
     )
+
+
+def test_compare_of_fresh_adapters_has_no_directions_to_compare(folder):
+    for name in ("y", "z"):
+        a = lo.load_adapter(folder / "a")
+        lo.save_adapter(a.with_modules({n: 0.0 * u for n, u in a.modules.items()}), folder / name)
+    (row,) = json.loads(run(folder, "compare", "y", "z", "--json", "--html", "r.html").stdout)
+    assert math.isnan(row["φ outputs"]) and row["modules"] == len(SHAPES)
 
 
 def test_compare_and_its_report(folder):
@@ -270,6 +279,17 @@ def test_weights_and_options_reach_the_method(folder):
         (["merge", "a", "b", "-o", "m", "--option", "power"], "expected name=value"),
         (["merge", "a", "b", "-o", "m", "--method", "tsv", "--alpha", "0.5"], "tsv has no option"),
         (["merge", "a", "b", "-o", "c"], "exists already"),
+        (
+            ["merge", "a", "b", "-o", "m", "--option", "method=ties"],
+            "opcm has no option 'method'; it takes alpha, variant",
+        ),
+        (["merge", "a", "b", "-o", "m", "--option", "progress=1"], "no option 'progress'"),
+        (["merge", "a", "b", "-o", "m", "--option", "dropped=1"], "no option 'dropped'"),
+        (["merge", "a", "b", "-o", "m", "--dry-run", "--option", "nonsense=1"], "no option 'nonsense'"),
+        (["merge", "a", "b", "-o", "m", "--dry-run", "--weights", "1,2,3"], "expected 2 weights"),
+        (["merge", "a", "b", "-o", "m", "--dry-run", "--option", "scale=x"], "scale must be"),
+        (["merge", "a", "b", "-o", "k", "--format", "kohya"], "k: a kohya adapter is one file"),
+        (["merge", "a", "b", "-o", "a/adapter_config.json", "--overwrite"], "a PEFT adapter is a folder"),
         (["compare", "a"], "expected two adapters"),
         (["verify", "a", "--against", "b"], "expected a merge recipe"),
         (["export", "a/adapter_model.safetensors", "-o", "x"], "expected a state"),
@@ -451,7 +471,9 @@ def test_killed_at_any_moment_the_last_output_and_state_stay_whole(folder, name,
     first = run(folder, *words) and (members() if "add" in name else lo.load_adapter(folder / target).norm())
     began = time.monotonic()
     assert ended(start(folder, *words)) == 0
-    whole = time.monotonic() - began  # about as long as the command takes; what is found on the way corrects it
+    whole = (
+        time.monotonic() - began
+    )  # about as long as the command takes; what is found on the way corrects it
     first += "add" in name
     killed = 0
     for _ in range(200):

@@ -111,6 +111,13 @@ def test_orthonormalise_refuses_dependent_columns_at_any_scale(scale):
     gr.orthonormalise(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_orthonormalise_takes_rounding_of_its_input_for_no_direction(dtype):
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ValueError, match="linearly dependent"):
+        gr.orthonormalise(torch.cat([x, x / 3], 1).to(dtype))
+
+
 def test_random_frame_is_haar():
     gen = torch.Generator().manual_seed(1)
     U = gr.random_frame(5, 2, batch=(40_000,), generator=gen, dtype=torch.float64)

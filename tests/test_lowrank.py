@@ -1,10 +1,13 @@
+import math
+
 import pytest
 import torch
 from factories import dense, error, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_opcm import LowRank
+from lora_opcm import Adapter, LowRank, merge
 from lora_opcm.core import reduce
 from lora_opcm.lowrank import add, keep_rank
 
@@ -119,3 +122,42 @@ def test_wrong_arguments_are_refused(generator):
         a.truncate(rank=0)
     with pytest.raises(ValueError, match="energy"):
         a.truncate(energy=1.5)
+    with pytest.raises(ValueError, match=r"one shape, got \[\(5, 4\), \(5, 6\)\]"):
+        add([a, b])
+
+
+def ill(u, condition, generator):
+    """The same float64 update in a gauge of this condition number."""
+    q, p = (
+        torch.linalg.qr(torch.randn(u.rank, u.rank, generator=generator, dtype=torch.float64))[0]
+        for _ in "qp"
+    )
+    return u.regauge((q * torch.logspace(0, math.log10(condition), u.rank, dtype=torch.float64)) @ p)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("condition", [1e5, 1e6, 1e7])
+def test_a_gauge_of_large_condition_moves_no_merge(condition, device, generator):
+    updates = [update(60, 50, 8, generator, torch.float64) for _ in range(3)]
+    plain, spun = (
+        [Adapter({"a": u}) for u in found]
+        for found in (updates, [ill(u, condition, generator) for u in updates])
+    )
+    for method in ("opcm", "tsv", "whitened_sum"):
+        expected = dense(merge(plain, method).modules["a"])
+        assert error(merge(spun, method, device=device).modules["a"], expected) < 1e-7, method
+
+
+def test_a_tiny_adapter_loses_nothing_of_another(generator):
+    a, b = (update(30, 20, 4, generator, torch.float64) for _ in range(2))
+    tiny = LowRank(b.left * 1e-170, b.right)
+    core = reduce([a, tiny])
+    assert error(core.lift(core.cores[0])[0], dense(a)) < 1e-12
+    large = LowRank(1e85 * core.lift(core.cores[1])[0].left, 1e85 * core.lift(core.cores[1])[0].right)
+    assert error(large, dense(b)) < 1e-12
+
+
+def test_regauge_goes_where_the_update_is():
+    with FakeTensorMode():
+        u = LowRank(torch.empty(5, 2, device="meta"), torch.empty(2, 4, device="meta"))
+        assert u.regauge(torch.empty(2, 2)).left.device.type == "meta"

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_opcm as lo
+from lora_opcm.adapters import scaled
 from lora_opcm.core import Basis, Core
 from lora_opcm.lowrank import LowRank
 from lora_opcm.methods import REGISTRY, _seed
@@ -353,17 +354,69 @@ def test_registry_opcm_is_the_streaming_one():
         ({"method": "opmc"}, "unknown method 'opmc'; the methods are .*opcm"),
         ({"method": "opcm", "beta": 1}, r"opcm has no option \['beta'\]; it takes \['alpha'"),
         ({"method": "opcm", "alpha": 1.5}, "1.5"),
-        ({"method": "opcm", "variant": "x"}, "paper, fusionbench"),
+        ({"method": "opcm", "variant": "x"}, "'paper' or 'fusionbench'"),
         ({"method": "ties", "density": 0}, "density"),
         ({"method": "ctm", "rule": "x"}, "'sum' or 'ties'"),
         ({"method": "cat", "weights": [1.0]}, "expected 4 weights"),
         ({"method": "cat", "weights": [1.0, float("nan"), 1, 1]}, "finite"),
         ({"method": "cat", "rank": 0}, "at least 1, got 0"),
+        ({"method": "cat", "rank": 2.5}, "rank must be None or an integer of at least 1, got 2.5"),
+        ({"method": "cat", "energy": 0}, r"energy must be None or a number in \(0, 1\], got 0"),
+        ({"method": "tsv", "directions": -1}, "directions must be None or an integer of at least 1, got -1"),
+        ({"method": "tsv", "directions": 0}, "directions must be"),
+        ({"method": "tsv", "directions": "x"}, "directions must be .* got 'x'"),
+        ({"method": "ctm", "k": -1}, "k must be"),
+        ({"method": "karcher_mean", "k": -1}, "k must be"),
+        ({"method": "quotient_mean", "k": 0}, "k must be"),
+        ({"method": "quotient_mean", "steps": None}, "steps must be"),
+        ({"method": "whitened_sum", "cap": -1}, "cap must be"),
+        ({"method": "whitened_sum", "cap": 0}, "cap must be"),
+        ({"method": "whitened_sum", "power": -3}, r"power must be a number in \[0, 1\], got -3"),
+        ({"method": "iso_cts", "common": 7}, "common must be"),
+        ({"method": "tsv", "scale": "x"}, "scale must be a finite number or 'norm', got 'x'"),
+        ({"method": "tsv", "scale": float("nan")}, "scale must be"),
+        ({"method": "tsv", "scale": True}, "scale must be"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         lo.merge(stream(), **arguments)
+    if (
+        "weights" not in words and "finite" not in words
+    ):  # nor with one adapter, which no method has work with
+        with pytest.raises(ValueError, match=words):
+            lo.merge(stream(count=1), **arguments)
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_module_that_is_zero_in_all_adapters_stays_zero(method, dtype):
+    """As every module of a fresh LoRA."""
+    adapters = stream(dtype)
+    for a in adapters:
+        a.modules["b"].left.zero_()
+    merged = run(method, adapters)
+    assert merged.modules["b"].norm() == 0 and merged.modules["b"].shape == SHAPES["b"]
+    assert merged.modules["a"].norm() > 0
+
+
+@pytest.mark.parametrize("method", ["opcm", "tsv", "knots_ties", "ties"])
+def test_scale_norm_gives_the_mean_norm_wherever_it_is_taken(method):
+    adapters = stream()
+    merged = lo.merge(adapters, method, scale="norm")
+    assert merged.norm() == pytest.approx(sum(a.norm() for a in adapters) / T, rel=1e-6)
+
+
+def test_a_large_factor_goes_to_both_sides():
+    one = lo.LowRank(torch.full((3, 1), 300.0), torch.full((1, 3), 0.01)).to(torch.float16)
+    whole = lo.Adapter({"a": one})
+    assert scaled(whole, whole.modules, 900.0).modules["a"].norm() == pytest.approx(
+        900 * one.norm(), rel=2e-3
+    )
+    with pytest.raises(lo.AdapterError, match="a: the merge is not finite in torch.float16"):
+        scaled(whole, whole.modules, 1e9)
+    flipped = scaled(whole, whole.modules, -4.0).modules["a"]
+    assert error(flipped, -4 * dense(one)) < 1e-3
 
 
 def test_wrong_adapters_are_refused():

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from factories import adapter, dense, dense_opcm, error, update
@@ -5,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_opcm as lo
-from lora_opcm.opcm import VARIANTS, cut, project
+from lora_opcm.opcm import cut, project
+from lora_opcm.options import VARIANTS
 
 SHAPES = {"a": (24, 30), "b": (30, 18)}
 
@@ -104,7 +108,7 @@ def test_null_space_rotation_changes_nothing(generator):
 
 
 @pytest.mark.parametrize(
-    "options, words", [({"alpha": 1.5}, "1.5"), ({"variant": "x"}, "paper, fusionbench")]
+    "options, words", [({"alpha": 1.5}, "1.5"), ({"variant": "x"}, "'paper' or 'fusionbench'")]
 )
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
@@ -147,7 +151,7 @@ def test_a_damaged_state_is_refused_and_a_failed_save_keeps_the_old_one(generato
 def test_a_wrong_shape_leaves_the_state_as_it_was(generator):
     merger = lo.ContinualMerger().add(adapter(SHAPES, 3, generator))
     before = merger.state.norm()
-    with pytest.raises(ValueError, match=r"b has shape \(30, 20\), in the merged state \(30, 18\)"):
+    with pytest.raises(ValueError, match=r"b has shape \(30, 20\), in an earlier adapter \(30, 18\)"):
         merger.add(adapter({"a": SHAPES["a"], "b": (30, 20)}, 3, generator))
     assert merger.state.norm() == before and len(merger.state.norms) == 1
 
@@ -163,3 +167,21 @@ def test_factor_merger_is_the_registry_lora_opcm():
         assert all(error(u, dense(joint[name])) < 1e-9 for name, u in merger.updates().items())
     with pytest.raises(ValueError, match="'given' or 'balanced', got 'x'"):
         lo.merge(adapters, "lora_opcm", gauge="x")
+
+
+def test_an_adapter_without_modules_leaves_a_state_that_goes_on(generator):
+    a = adapter(SHAPES, 3, generator)
+    merger = lo.ContinualMerger().add(lo.Adapter({}), name="none").add(a)
+    assert len(merger.state.names) == len(merger.state.norms) == len(merger.state.history) == 2
+    assert merger.state.history[0]["rank"] == 0 and merger.adapter().norm() == pytest.approx(a.norm() / 2)
+
+
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
+    first = adapter(SHAPES, 3, generator)
+    held = [weakref.ref(u.left) for u in first.modules.values()]
+    merger = kind().add(first).add(adapter(SHAPES, 3, generator))
+    assert [u.rank for u in merger._like.modules.values()] == [0, 0]
+    del first
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]

@@ -111,3 +111,9 @@ def test_the_estimate_for_minilm_is_within_twice_what_is_measured(method, shippe
         lo.merge(shipped, method)
         ratios.append(expected / (time.perf_counter() - start))
     assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2, ratios
+
+
+def test_nothing_to_plan_is_refused():
+    for nothing in ([], {}):
+        with pytest.raises(ValueError, match="got none"):
+            lo.plan(nothing, machine=MACHINE)

@@ -56,6 +56,7 @@ def test_modules_import_only_upwards():
     order = [
         "figures",
         "parallel",
+        "options",
         "lowrank",
         "core",
         "grassmann",

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from test_methods import RANK, REGISTRY, SHAPES, distance, grams, run, stream
 
 import lora_opcm as lo
 from lora_opcm.core import gram_matrix, reduce, reduce_batch
+from lora_opcm.parallel import full_precision, parallel_map
 from lora_opcm.shards import belongs, join, merge_shard
 
 MANY = SHAPES | {f"layers.{i}.{name}": shape for i in range(3) for name, shape in SHAPES.items()}
@@ -61,32 +64,68 @@ def test_what_a_device_multiplies_is_within_the_contract(device):
         assert error(merged.modules[name], sum(dense(a.modules[name]) for a in adapters)) < 1e-5
 
 
-@pytest.fixture
-def low_precision():
+PRECISIONS = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+
+
+def precision():
+    return [b.fp32_precision for b in PRECISIONS]
+
+
+@contextmanager
+def low_precision(way):
     """What training scripts set: on CUDA products in TF32, on CPUs that can in bfloat16."""
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision("highest")
+    before = torch.backends.fp32_precision
+    if way == "old":
+        torch.set_float32_matmul_precision("medium")
+    else:  # as transformers does
+        torch.backends.fp32_precision = "tf32"
+    try:
+        yield precision()
+    finally:
+        torch.backends.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+        for b in PRECISIONS:
+            b.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("way", ["old", "new"])
+def test_precision_comes_back_whoever_set_it_and_from_overlapping_threads(way):
+    entered, leave = threading.Event(), threading.Event()
+
+    def long(_):
+        entered.set()
+        assert leave.wait(10)
+
+    other = threading.Thread(target=parallel_map, args=(long, [0]))
+    with low_precision(way) as low:
+        with full_precision():
+            other.start()
+            assert entered.wait(10)
+            assert torch.get_float32_matmul_precision() == "highest" and not PRECISIONS[0].allow_tf32
+        assert set(precision()) == {"ieee"}  # the other is not done
+        leave.set()
+        other.join()
+        assert precision() == low
 
 
 @pytest.mark.parametrize("device", [None, *DEVICES])
 @pytest.mark.parametrize("method", sorted(REGISTRY))
-def test_low_matmul_precision_outside_changes_no_bit(method, device, request, monkeypatch):
+def test_low_matmul_precision_outside_changes_no_bit(method, device, monkeypatch):
     exact = run(method, stream(torch.float16), device=device)
-    request.getfixturevalue("low_precision")
     seen = set()
     matmul = torch.Tensor.__matmul__
 
     def watched(a, b):
         if a.dtype == b.dtype == torch.float32:
-            seen.add(torch.get_float32_matmul_precision())
+            seen.update(precision())
         return matmul(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
-    again = run(method, stream(torch.float16), device=device)
-    assert seen <= {"highest"}
+    with low_precision("new") as low:
+        again = run(method, stream(torch.float16), device=device)
+        assert precision() == low
+    assert seen <= {"ieee"}
     assert seen or REGISTRY[method].space != "core"
-    assert torch.get_float32_matmul_precision() == "medium"
     for name in SHAPES:
         assert torch.equal(exact.modules[name].left, again.modules[name].left)
 

@@ -28,6 +28,13 @@ def test_an_adapter_overlaps_itself_and_a_zero_update_with_nothing(generator):
     assert table.angle_left.max() < 1e-6
     zero = a.with_modules({n: u * 0.0 for n, u in a.modules.items()})
     assert lo.similarity(a, zero).cosine.isna().all()
+    nothing = lo.similarity(zero, zero)
+    assert list(nothing.columns) == list(table.columns) and nothing.phi_left.isna().all()
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="k must be"):
+            lo.similarity(a, a, k=wrong)
+        with pytest.raises(ValueError, match="l must be"):
+            lo.similarity(a, a, l=wrong)
     with pytest.raises(ValueError, match="share no module"):
         lo.similarity(a, adapter({"c": (4, 5)}, 2, generator))
 
@@ -47,3 +54,14 @@ def test_align_finds_the_gauge_copy_and_never_moves_the_update(generator):
         assert error(aligned.modules[name], dense(a.modules[name])) < 1e-10
         before, after = other.modules[name].balanced(), lo.align(other, to=a).modules[name]
         assert gap(after, target) < gap(before, target) and error(after, dense(other.modules[name])) < 1e-10
+
+
+@pytest.mark.parametrize("dtype, unit", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_align_rounds_once(dtype, unit, generator):
+    a, b = adapter(SHAPES, 4, generator, dtype), adapter(SHAPES, 4, generator, dtype)
+    aligned, wide = (
+        lo.align(x, to=b) for x in (a, a.with_modules({n: u.to(torch.float64) for n, u in a.modules.items()}))
+    )
+    for name, u in aligned.modules.items():
+        exact = wide.modules[name].left
+        assert float(((u.left.double() - exact) / exact).abs().max()) <= unit * 1.001

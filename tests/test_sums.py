@@ -3,6 +3,8 @@
 import pytest
 import torch
 from factories import adapter, error
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lora_opcm as lo
 from lora_opcm.adapters import Kind
@@ -66,7 +68,7 @@ def test_missing_modules_and_refusals():
         )
         < 1e-12
     )
-    with pytest.raises(ValueError, match="power must lie"):
+    with pytest.raises(ValueError, match="power must be"):
         lo.SumMerger(power=2)
     with pytest.raises(ValueError, match="cap must be"):
         lo.SumMerger(cap=0)
@@ -151,3 +153,39 @@ def test_modules_and_kinds_of_later_adapters_outlive_a_reload(kind, tmp_path):
         folder = lo.save_adapter(m.adapter(), tmp_path / f"out {m is merger}")
         again = lo.load_adapter(folder)
         assert again.kinds == {"b": Kind("embedding")} and again.config["target_modules"] == ["a", "b"]
+
+
+def test_a_module_only_the_removed_adapter_had_is_gone(tmp_path):
+    a, b = stream(2, dtype=torch.float32)
+    config = {"target_modules": ["a"], "r": 3, "lora_alpha": 3, "peft_type": "LORA"}
+    part = lo.Adapter({"a": a.modules["a"]}, config=config)
+    zero = lo.Adapter({"b": 0.0 * b.modules["b"]})
+    merger = lo.SumMerger(power=0).add(part).add(zero).add(b).remove(b)
+    assert list(merger.sums) == ["a"] == list(merger.adapter().modules)
+    assert gap(merger.adapter(), part) < 1e-5
+    assert merger.remove(zero).members[0]["name"] == "adapter 1"  # its module is gone already
+    assert list(lo.SumMerger.load(merger.save(tmp_path / "s")).sums) == ["a"]
+
+
+@pytest.mark.parametrize("field, value", [("name", 3), ("sha256", 3), ("norm", "x"), ("norm", None)])
+def test_members_of_other_types_are_a_damaged_state(field, value, tmp_path):
+    merger = lo.SumMerger().add(stream(1)[0])
+    merger.members[0][field] = value
+    with pytest.raises(lo.AdapterError, match="a damaged state"):
+        lo.SumMerger.load(merger.save(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("damage", ["left/a is flat", "kernel is infinite"])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+def test_damage_of_every_sort_is_an_adapter_error(damage, kind, tmp_path):
+    merger = kind().add(lo.Adapter(stream(1)[0].modules, kinds={"a": Kind("conv", (3, 3))}))
+    path = merger.save(tmp_path / "s")
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if damage == "left/a is flat":
+        tensors["left/a"] = tensors["left/a"].flatten()
+    else:
+        metadata = {key: text.replace("[3, 3]", "[3, 1e999]") for key, text in metadata.items()}
+    save_file(tensors, path, metadata)
+    with pytest.raises(lo.AdapterError, match="a damaged state"):
+        kind.load(path)

@@ -1,6 +1,6 @@
 """The pages on runs: when each experiment ran, how long, on what, and what never ran.
 
-    python book/_ext/status.py EXECUTED BOOK      fills status.md and log.md of a copy of the book
+    python book/_ext/status.py EXECUTED BOOK      fills status.md and log.md of a copy of the book, hides parameters
     python book/_ext/status.py record EXECUTED    appends the runs of `make publish` to data/runs.csv
 
 A run is what papermill wrote into the executed notebook, and the machine that reads it right after.
@@ -145,6 +145,16 @@ def fill(page: Path, text: str) -> None:
     page.write_text(page.read_text().partition(MARK)[0] + text)
 
 
+def hide_parameters(folder: Path) -> None:
+    """What papermill was told stands on the status page; on its own page it would come before the first picture."""
+    for path in folder.glob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if "injected-parameters" in (tags := cell.metadata.get("tags", [])):
+                cell.metadata["tags"] = [*tags, "remove-cell"]
+        nbformat.write(notebook, path)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "record":
         record(Path(sys.argv[2]))
@@ -157,3 +167,4 @@ if __name__ == "__main__":
             f"{markdown(shown)}\n\n## Cell by cell\n\n{markdown(cells(runs))}\n",
         )
         fill(book / "log.md", log(runs))
+        hide_parameters(book / "experiments")

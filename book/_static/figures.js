@@ -48,7 +48,8 @@
     delete layout.width;
     const config = { responsive: true, displaylogo: false, displayModeBar: "hover", ...figure.config };
     await Plotly.newPlot(box, { data: figure.data, layout, frames: figure.frames, config });
-    await Plotly.relayout(box, themed(box._fullLayout));
+    const narrow = box.clientWidth < 480 ? { "font.size": 11, "yaxis.tickfont.size": 10 } : {};
+    await Plotly.relayout(box, { ...themed(box._fullLayout), ...narrow });
     box.dataset.drawn = "true";
   }
 

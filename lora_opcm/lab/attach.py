@@ -3,12 +3,14 @@
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from ..adapters import Adapter
+from ..lowrank import LowRank
 from ..writing import save_adapter
 
 
@@ -28,11 +30,13 @@ def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
     prefixes = ["", *(m.removesuffix(first) for m in modules if m.endswith(f".{first}"))]
     for prefix in prefixes:
         if all(prefix + name in modules for name in adapter.modules):
-            return (
-                adapter.with_modules({prefix + n: u for n, u in adapter.modules.items()})
-                if prefix
-                else adapter
-            )
+            if not prefix:
+                return adapter
+            named = [
+                {prefix + n: x for n, x in part.items()}
+                for part in (adapter.modules, adapter.kinds, adapter.saved)
+            ]
+            return replace(adapter.with_modules(named[0]), kinds=named[1], saved=named[2])
     unknown = next(name for name in adapter.modules if name not in modules)
     raise ValueError(f"the base model has no module {unknown!r}: adapter of another model?")
 
@@ -49,7 +53,8 @@ def applied(
     Raises
     ------
     ValueError
-        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model.
+        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model. If the
+        adapter has full tensors or convolutions, which only `attached` knows how to put in.
     """
     if adapter is None:
         yield model
@@ -60,10 +65,15 @@ def applied(
         with attached(model, adapter):
             yield model
         return
+    odd = [*adapter.saved, *(name for name, kind in adapter.kinds.items() if kind.name == "conv")]
+    if odd:
+        raise ValueError(f"{adapter.source}: {odd[0]} is a full tensor or a convolution; use `attached`")
     saved = {}
     try:
         for name, update in adapter.modules.items():
             weight = weights[name]
+            if adapter.transposed(name):
+                update = LowRank(update.right.mT, update.left.mT)
             if tuple(weight.shape) != update.shape:
                 raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
             saved[name] = weight.detach().clone()

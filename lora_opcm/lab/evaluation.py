@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from ..adapters import Adapter
+from ..writing import replacing
 from .assets import cache_dir
 from .attach import applied
 from .bases import load
@@ -63,9 +64,8 @@ class Remembering:
         new = [n for n in names if not files[n].exists()]
         for n, found in (self._correct(adapter, new, progress) if new else {}).items():
             self.memory.mkdir(parents=True, exist_ok=True)
-            scratch = files[n].with_suffix(f".{os.getpid()}.tmp.npy")
-            np.save(scratch, found)
-            os.replace(scratch, files[n])
+            with replacing(files[n]) as scratch, open(scratch, "xb") as file:
+                np.save(file, found)
         return {n: np.load(files[n]) for n in names}
 
 
@@ -178,6 +178,7 @@ def summarise(
     zero_shot: str = "zero-shot",
     own: str = "own adapter",
     seed: int = 0,
+    against: str | None = None,
 ) -> pd.DataFrame:
     """Tidy table with 95 % percentile bootstrap intervals over test texts, and over training seeds.
 
@@ -186,6 +187,9 @@ def summarise(
     correct : method -> task -> boolean array, shape=[texts] or [seeds, texts]
         All methods on the same texts and seeds; a resample draws the same ones for every method. With three
         seeds the interval says more of the texts than of the seeds.
+    against : str, optional
+        A method: every other one then also gets a row `gain difference`, its recovered gain minus that of
+        `against` on the same resamples. Two methods whose own intervals overlap may still differ in this one.
 
     Returns
     -------
@@ -224,4 +228,8 @@ def summarise(
         recovered = gain(acc, points[zero_shot], points[own])
         spread = gain(draws[m], draws[zero_shot], draws[own])
         rows.append(row(m, "mean", "recovered gain", recovered, spread))
+        if against not in (None, m):
+            other = gain(points[against], points[zero_shot], points[own])
+            paired = spread - gain(draws[against], draws[zero_shot], draws[own])
+            rows.append(row(m, "mean", "gain difference", recovered - other, paired))
     return pd.DataFrame(rows)

@@ -1,6 +1,5 @@
 """Results files: tidy CSV, one row a measurement, with what is needed to trace each number."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,15 +7,15 @@ import pandas as pd
 
 from .. import __version__
 from ..data import results as published
+from ..writing import replacing
 
 
 def save_results(rows: pd.DataFrame, folder: Path | str, name: str, **run) -> Path:
     """Write `rows` with the columns of `run` (profile, seed, …) and the package version to folder/name.csv."""
     path = Path(folder, f"{name}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    rows.assign(**run, version=__version__).round(5).to_csv(scratch, index=False, lineterminator="\n")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        rows.assign(**run, version=__version__).round(5).to_csv(scratch, index=False, lineterminator="\n")
     return path
 
 

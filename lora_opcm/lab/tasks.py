@@ -6,7 +6,6 @@ no task has weights of its own and merging adapters needs no head surgery.
 
 import csv
 import hashlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -139,7 +138,6 @@ def _tweets(classes):
 
 
 NEWS, WIRE = "A newsgroup post about {}.", "A newswire story about {}."
-RARE_AT_LEAST = 20  # training texts a class of R52 outside R8 must have
 
 TASKS = {
     "ng-comp": Recipe(_published("20newsgroups"), NEWS, {
@@ -204,9 +202,3 @@ TASKS = {
         "realDonaldTrump": "Donald Trump",
     }),
 }  # fmt: skip
-
-
-def class_counts(name: str) -> dict[str, Counter]:
-    """Texts per class in each split; for the data card."""
-    task = load_task(name)
-    return {split: Counter(task.labels[i] for i in task[split]["label"]) for split in task.splits}

@@ -14,6 +14,7 @@ import typer
 from filelock import FileLock
 
 from ..adapters import AdapterError, load_adapter
+from ..writing import write_text
 from .assets import AssetError, cache_dir
 from .bases import family, slug
 from .causal import load_prompts
@@ -83,13 +84,14 @@ def load_task_of(kind: str, name: str, sources: str):
 def up_to_date(folder: Path, protocol: Protocol, name: str, sources: str) -> bool:
     """Whether the adapter in `folder` was trained by this protocol on this data."""
     own = folder / "training.json"
-    done = json.loads(own.read_text()) if own.exists() else read_manifest(folder.parent).get(name)
-    if not done or not (folder / "adapter_model.safetensors").exists():
+    if not (folder / "adapter_model.safetensors").exists():
         return False
-    return (
-        Protocol(**done["protocol"]) == protocol
-        and done["data_sha256"] == load_task_of(family(protocol.base), name, sources).sha256
-    )
+    try:
+        done = json.loads(own.read_text()) if own.exists() else read_manifest(folder.parent)[name]
+        same, data = Protocol(**done["protocol"]) == protocol, done["data_sha256"]
+    except (ValueError, KeyError, TypeError):  # torn, or of another version of the protocol
+        return False
+    return same and data == load_task_of(family(protocol.base), name, sources).sha256
 
 
 def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_to: str):
@@ -114,17 +116,17 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
     public = PUBLIC_NAME if protocol.base == MINILM else protocol.base
     save_adapter_half(run / "best", folder / name, public)
     history = json.loads((run / "history.json").read_text())
-    (folder / name / "history.json").write_text(json.dumps(history) + "\n")
+    write_text(folder / name / "history.json", json.dumps(history) + "\n")
     found = {}
     if kind != "causal":
         evaluator = Evaluator([data], base=protocol.base)
         found["zero_shot"] = round(float(evaluator.correct()[name].mean()), 4)
         found["own"] = round(float(evaluator.correct(load_adapter(folder / name))[name].mean()), 4)
     entry = manifest_entry(data, folder / name, protocol, **found)
-    (folder / name / "training.json").write_text(json.dumps(entry, indent=1) + "\n")
-    with FileLock(cache_dir() / "manifest.lock"):  # other tasks may train beside this one
+    write_text(folder / name / "training.json", json.dumps(entry, indent=1) + "\n")
+    with FileLock(folder / ".manifest.json.lock"):  # other tasks may train beside this one
         manifest = read_manifest(folder) | {name: entry}
-        (folder / "manifest.json").write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+        write_text(folder / "manifest.json", json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
     shutil.rmtree(run, ignore_errors=True)  # checkpoints served their purpose
     typer.echo(
         f"{name}: " + (", ".join(f"{k.replace('_', '-')} {v:.1%}" for k, v in found.items()) or "trained")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
+from ..writing import replacing, write_text
 from .bases import load
 from .causal import LLAMA_LINEAR, Causal, Prompts
 from .encoder import BERT_LINEAR, MINILM, Encoder
@@ -134,7 +135,7 @@ def train_adapter(
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder / "best"))
     if trainer.is_world_process_zero():
-        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1))
     return model.eval()
 
 
@@ -245,13 +246,13 @@ def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: s
         shutil.copy(Path(model, "adapter_config.json"), folder)
     source = folder if isinstance(model, PeftModel) else Path(model)
     tensors = {name: t.half() for name, t in load_file(source / "adapter_model.safetensors").items()}
-    scratch = folder / "adapter_model.tmp"
-    save_file(tensors, scratch, metadata={"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": base}, indent=2)
-    )
-    os.replace(scratch, folder / "adapter_model.safetensors")  # last: it says that the adapter is there
+    text = json.dumps(config | {"base_model_name_or_path": base}, indent=2)
+    with replacing(
+        folder / "adapter_model.safetensors"
+    ) as scratch:  # last: it says that the adapter is there
+        save_file(tensors, scratch, metadata={"format": "pt"})
+        write_text(folder / "adapter_config.json", text)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours is data/README.md
     return folder
 

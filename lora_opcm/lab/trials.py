@@ -22,7 +22,7 @@ from .bases import slug
 from .evaluation import Evaluator, Remembering, content, own_correct
 from .tasks import tasks
 
-GRID = (0.3, 0.5, 0.7, 1.0, 1.5)  # scales offered to every method that has one
+GRID = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.5)  # scales offered to every method that has one
 
 
 @dataclass(frozen=True)
