@@ -20,7 +20,18 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figcaption,.note{color:
 
 
 def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: int) -> Path:
-    """Write the report of all pairs of adapters `names`, whole or not at all."""
+    """Write the report of all pairs of adapters `names`, whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If a pair has nothing to draw.
+    """
+    for (i, j), t in tables.items():
+        if t.phi_left.isna().all():
+            raise ValueError(
+                f"{names[i]} and {names[j]}: no module is nonzero in both, there is nothing to report"
+            )
     parts = [
         (
             "By layer and kind of module",

@@ -121,8 +121,10 @@ def test_compare_of_fresh_adapters_has_no_directions_to_compare(folder):
     for name in ("y", "z"):
         a = lo.load_adapter(folder / "a")
         lo.save_adapter(a.with_modules({n: 0.0 * u for n, u in a.modules.items()}), folder / name)
-    (row,) = json.loads(run(folder, "compare", "y", "z", "--json", "--html", "r.html").stdout)
+    (row,) = json.loads(run(folder, "compare", "y", "z", "--json").stdout)
     assert math.isnan(row["φ outputs"]) and row["modules"] == len(SHAPES)
+    assert "y and z: no module" in run(folder, "compare", "y", "z", "--html", "r.html", code=2).stderr
+    assert not (folder / "r.html").exists()
 
 
 def test_compare_and_its_report(folder):
@@ -499,6 +501,7 @@ def test_killed_at_any_moment_the_last_output_and_state_stay_whole(folder, name,
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_interrupted_it_cleans_up(folder, stop, code, monkeypatch):
     """A signal in the middle of the work: the temporary files go, the old output stays, the exit code says so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it deaf to it
     run(folder, "merge", "a", "b", "-o", "m")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     write = recipe.write_text

@@ -3,17 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from factories import adapter
 from peft import PeftModel
 
 import lora_opcm as lo
+from lora_opcm.adapters import Kind
 from lora_opcm.lab import AssetError, assets, load_hub_task, load_task, tasks
 from lora_opcm.lab.encoder import embed, head, load_base, pad, tokenise
 from lora_opcm.lab.evaluation import Evaluator, applied, summarise
+from lora_opcm.lab.results import save_results
 from lora_opcm.lab.training import Protocol, save_adapter_half, train_adapter
 
 MANIFEST = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())
@@ -111,6 +116,81 @@ def test_weights_come_back_bit_for_bit():
     wrong = lo.Adapter({"no.such.module": next(iter(adapter.modules.values()))})
     with pytest.raises(ValueError, match="no module 'no.such.module'"), applied(model, wrong):
         pass
+
+
+def tiny_model():
+    """Modules whose weights lie in every way: square Linear, transposed Conv1D, embedding, convolution."""
+    from transformers.pytorch_utils import Conv1D
+
+    return torch.nn.ModuleDict(
+        {
+            "c": Conv1D(6, 6),
+            "e": torch.nn.Embedding(9, 6),
+            "v": torch.nn.Conv2d(6, 6, 3),
+            "q": torch.nn.Linear(6, 6),
+        }
+    )
+
+
+def test_updates_are_added_the_way_the_weights_lie(generator):
+    model = torch.nn.ModuleDict({"inner": tiny_model()})
+    shapes = {"c": (6, 6), "e": (6, 9)}
+    a = replace(
+        adapter(shapes, 2, generator), kinds={"e": Kind("embedding")}, config={"fan_in_fan_out": True}
+    )
+    before = {n: w.clone() for n, w in model.state_dict().items()}
+    with applied(model, a):  # whose modules are named from inside
+        for name in shapes:
+            moved = model.state_dict()[f"inner.{name}.weight"] - before[f"inner.{name}.weight"]
+            assert torch.allclose(moved, a.delta(name), atol=1e-5), name
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+
+
+def test_what_cannot_be_added_is_refused(generator):
+    plain = adapter({"q": (6, 6)}, 2, generator)
+    conv = replace(adapter({"v": (6, 54)}, 2, generator), kinds={"v": Kind("conv", (3, 3))})
+    for a in (replace(plain, saved={"q.bias": torch.zeros(6)}), conv):
+        with pytest.raises(ValueError, match="a full tensor or a convolution"), applied(tiny_model(), a):
+            pass
+
+
+def test_a_torn_record_of_a_training_is_not_up_to_date(tmp_path):
+    from lora_opcm.lab.train import load_task_of, up_to_date
+
+    protocol, folder = Protocol(), tmp_path / "tweets"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    data = load_task_of("encoder", "tweets", "").sha256
+    entry = {"protocol": asdict(protocol), "data_sha256": data}
+    for text, expected in (
+        (json.dumps(entry), True),
+        (json.dumps(entry)[:20], False),
+        (json.dumps(entry | {"protocol": {"rnak": 3}}), False),
+        ("{}", False),
+        ("[]", False),
+    ):
+        (folder / "training.json").write_text(text)
+        assert up_to_date(folder, protocol, "tweets", "") is expected
+    (folder / "training.json").unlink()
+    assert not up_to_date(folder, protocol, "tweets", "")
+
+
+def test_results_and_adapters_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    save_results(pd.DataFrame({"value": [1.0]}), tmp_path, "table", seed=0)
+    source = tmp_path / "source"
+    lo.save_adapter(lo.load_adapter(lo.adapter_path("tweets")), source)
+    folder = save_adapter_half(source, tmp_path / "half")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full_disk(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lora_opcm.writing.os.replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_results(pd.DataFrame({"value": [2.0]}), tmp_path, "table", seed=0)
+    with pytest.raises(OSError, match="no space"):
+        save_adapter_half(source, folder, base="other")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_batched_evaluation_equals_one_text_at_a_time(evaluator):

@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 from filelock import FileLock
 
-from ..adapters import AdapterError, load_adapter
+from ..adapters import AdapterError
+from ..reading import load_adapter
 from ..writing import write_text
 from .assets import AssetError, cache_dir
 from .bases import family, slug
@@ -89,7 +90,7 @@ def up_to_date(folder: Path, protocol: Protocol, name: str, sources: str) -> boo
     try:
         done = json.loads(own.read_text()) if own.exists() else read_manifest(folder.parent)[name]
         same, data = Protocol(**done["protocol"]) == protocol, done["data_sha256"]
-    except (ValueError, KeyError, TypeError):  # torn, or of another version of the protocol
+    except (ValueError, LookupError, TypeError):  # torn, or of another version of the protocol
         return False
     return same and data == load_task_of(family(protocol.base), name, sources).sha256
 
