@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 from filelock import FileLock
 
-from ..adapters import AdapterError
-from ..reading import load_adapter
+from ..adapters import AdapterError, load_adapter
 from ..writing import write_text
 from .assets import AssetError, cache_dir
 from .bases import family, slug
