@@ -1,40 +1,33 @@
-"""Geometry-aware merging of LoRA adapters."""
+"""Geometry-aware merging of LoRA adapters.
 
+Public names are in `lora_opcm.api`; they are imported when first used, so that the command line answers at once.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from .adapters import Adapter, AdapterError, load_adapter
-from .data import adapter_path, data_dir
-from .grassmann import phi, principal_angles
-from .lowrank import LowRank
-from .methods import merge, methods
-from .opcm import ContinualMerger, FactorMerger, MergedState
-from .plan import plan
-from .similarity import align, similarity
-from .sums import SumMerger
-from .writing import save_adapter
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
 
 try:
     __version__ = version("lora-opcm")
 except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = [
-    "Adapter",
-    "AdapterError",
-    "ContinualMerger",
-    "FactorMerger",
-    "LowRank",
-    "MergedState",
-    "SumMerger",
-    "adapter_path",
-    "align",
-    "data_dir",
-    "load_adapter",
-    "merge",
-    "methods",
-    "phi",
-    "plan",
-    "principal_angles",
-    "save_adapter",
-    "similarity",
-]
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)
+    if find_spec(f"{__name__}.{name}"):
+        return import_module(f".{name}", __name__)
+    api = import_module(".api", __name__)
+    if hasattr(api, name):
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*import_module(".api", __name__).__all__, "__version__"]

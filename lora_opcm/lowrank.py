@@ -4,18 +4,14 @@ Every function costs O((m + n) r² + r³) for rank r, instead of O(m n min(m, n)
 the size of the rank is factorised in float64 whatever the inputs are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from .options import check
-
-# Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
-# a direction that small is noise, and treating it as a direction is the null-space trap of design.
-RTOL = {torch.float64: 1e-12}
-RTOL_SINGLE = 1e-6
+from .numerics import keep_rank, nonzero_svd, working_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +43,13 @@ class LowRank:
         if left.dtype != right.dtype or not left.is_floating_point():
             raise ValueError(f"expected two factors of one float dtype, got {left.dtype} and {right.dtype}")
 
+    @classmethod
+    def from_dense(cls, matrix: Tensor) -> "LowRank":
+        """A dense matrix (m, n) as factors of rank min(m, n), one of them the identity."""
+        m, n = matrix.shape
+        eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
+        return cls(eye, matrix) if m <= n else cls(matrix, eye)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n), the shape of the weight."""
@@ -69,6 +72,10 @@ class LowRank:
     def to(self, *args, **kwargs) -> "LowRank":
         """Both factors through `Tensor.to`."""
         return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
+
+    def wide(self) -> "LowRank":
+        """In float32 or better: so that half precision is rounded once, at the end."""
+        return self.to(working_dtype(self.dtype))
 
     def __mul__(self, scale: float) -> "LowRank":
         return LowRank(self.left * scale, self.right)
@@ -152,6 +159,15 @@ class LowRank:
         return max(self.inner(self), 0.0) ** 0.5
 
 
+class Updates(Protocol):
+    """What has an update for each of its modules: an adapter."""
+
+    @property
+    def modules(self) -> Mapping[str, LowRank]: ...
+
+    def with_modules(self, modules: Mapping[str, LowRank]) -> Self: ...
+
+
 def add(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowRank:
     """Σ wᵢΔWᵢ: factors side by side, of rank Σ rᵢ; only weights round. They are 1 unless given.
 
@@ -165,49 +181,3 @@ def add(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
     weights = [1.0] * len(updates) if weights is None else weights
     left = torch.cat([u.left * w for u, w in zip(updates, weights, strict=True)], dim=1)
     return LowRank(left, torch.cat([u.right for u in updates], dim=0))
-
-
-# -- small helpers -------------------------------------------------------------------------------------------
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything less works in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of `x` without the directions that are rounding noise for factors of `dtype`."""
-    if dtype != torch.float64 and x.dtype == torch.float64 and 16 <= x.shape[0] <= x.shape[1]:
-        # Half the time of an SVD, and as good to 1e-8 where no singular value is below 1e-4 σ₁.
-        values, u = torch.linalg.eigh(x @ x.mT)
-        if values[0] > 1e-8 * values[-1]:
-            u, s = u.flip(1), values.flip(0).sqrt()
-            return u, s, (u / s).mT @ x
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    k = int((s > RTOL.get(dtype, RTOL_SINGLE) * s[:1]).sum())
-    return u[:, :k], s[:k], vh[:k]
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether a tensor of any dtype holds neither NaN nor Inf."""
-    # NaN and Inf survive a minimum and a maximum. One pass, no copy: copies of half precision, freed between
-    # small tensors that stay, leave holes in the heap as large as the file.
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def keep_rank(s: Tensor, rank: int | None = None, energy: float | None = None) -> int:
-    """How many of the singular values `s` (descending) to keep: at most `rank`, and no more than `energy` asks.
-
-    Raises
-    ------
-    ValueError
-        If rank is no integer of at least 1, or energy outside (0, 1].
-    """
-    check(rank=rank, energy=energy)
-    k = len(s)
-    if energy is not None and k:
-        share = s.double().square().cumsum(0)
-        k = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
-    return min(k, len(s), rank if rank is not None else k)

@@ -1,63 +1,14 @@
 """Modules side by side on the cores."""
 
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 
+from .numerics import full_precision
+
 # (iterable, total=length) -> the same items, one by one as they are taken: how `tqdm.tqdm` is called
 Progress = Callable[..., Iterable]
-
-
-_lock, _inside, _before = threading.RLock(), 0, ()
-
-
-@contextmanager
-def full_precision():
-    """Products of float32 matrices are float32 inside, whatever a training script allowed (TF32, bfloat16).
-
-    The settings are those of the whole process: the first of several threads saves them, the last restores them.
-    """
-    global _inside, _before
-    with _lock:
-        if not _inside:
-            _before = _highest()
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                _restore(*_before)
-
-
-def _backends() -> list:
-    """What holds a precision of its own, in torch 2.9 and later."""
-    found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    return [b for b in found if hasattr(b, "fp32_precision")]
-
-
-def _highest() -> tuple[str, list[str]]:
-    """Set full precision; what was set before, for `_restore`.
-
-    torch keeps an old setting and a new one, and refuses to say either where they disagree. The new one goes
-    first: with it at "ieee" the old one can be asked for, and both are moved, so that inside nothing disagrees.
-    """
-    new = [b.fp32_precision for b in _backends()]
-    for b in _backends():
-        b.fp32_precision = "ieee"
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    return old, new
-
-
-def _restore(old: str, new: list[str]) -> None:
-    torch.set_float32_matmul_precision(old)
-    for b, precision in zip(_backends(), new):
-        b.fp32_precision = precision
 
 
 @full_precision()

@@ -22,11 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_opcm import configs, formats
-from lora_opcm import writing as module
-from lora_opcm.adapters import Adapter, AdapterError, Kind, Stored, combine, load_adapter
+from lora_opcm.files import disk as module
+from lora_opcm.files import (
+    Adapter,
+    AdapterError,
+    Kind,
+    combine,
+    load_adapter,
+    peft,
+    renamed,
+    save_adapter,
+)
+from lora_opcm.files.format import Stored
 from lora_opcm.lowrank import LowRank, add
-from lora_opcm.writing import renamed, save_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.arange(12).reshape(2, 6)
@@ -300,7 +308,7 @@ def test_patterns_match_as_in_peft(rslora):
                 {"a+b": 3}, {"(query|value)": 3}, {"layer.1.query": 3}, {"": 3}]  # fmt: skip
     for pattern in patterns:
         config = {"r": 2, "lora_alpha": 7, "alpha_pattern": pattern, "use_rslora": rslora}
-        scales = configs.Scales(config, "")
+        scales = peft.Scales(config, "")
         for name in names:
             alpha = pattern.get(get_pattern_key(pattern.keys(), name), 7)
             assert scales(name, 2) == alpha / (math.sqrt(2) if rslora else 2), (pattern, name)
@@ -413,9 +421,9 @@ def test_scale_is_folded_without_loss():
 def test_alpha_of_a_new_config_gives_the_scale_back():
     for rank in range(1, 70):
         for scale in (1.0, 2.0, 1 / 3, 16 / math.sqrt(rank), 5 / rank):
-            alpha = configs.config_for({"m": (rank, scale)}, {}, None)["lora_alpha"]
+            alpha = peft.config_for({"m": (rank, scale)}, {}, None)["lora_alpha"]
             assert alpha / rank == pytest.approx(scale, rel=2e-16)
-    assert repr(configs.config_for({"m": (7, 5 / 7)}, {}, None)["lora_alpha"]) == "5"
+    assert repr(peft.config_for({"m": (7, 5 / 7)}, {}, None)["lora_alpha"]) == "5"
 
 
 def test_large_finite_values_are_not_taken_for_inf(plain):
@@ -901,7 +909,7 @@ def test_keys_without_the_peft_prefix(plain):
 def test_failed_write_leaves_nothing(plain, tmp_path, monkeypatch, format, error, fail_at):
     adapter = load_adapter(plain(auto_mapping={"base_model_class": "CLIPTextModel"}))
     target = tmp_path / "out" / ("a" if format == "peft" else "a.safetensors")
-    write = module._write
+    write = module.write_bytes
 
     def failing(path, blocks):
         def some():
@@ -914,7 +922,7 @@ def test_failed_write_leaves_nothing(plain, tmp_path, monkeypatch, format, error
 
     def attempt(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_write", failing)
+            patch.setattr(module, "write_bytes", failing)
             with pytest.raises(type(error)):
                 save_adapter(adapter, target, format=format, **options)
 
@@ -1050,7 +1058,7 @@ def test_full_tensors_that_are_carried():
         "head.dense.weight": True, "m.my_head.bias": True, "m.header.weight": False, "m.embed_tokens.weight": True,
         "m.embed_tokens.bias": False, "m.q.base_layer.weight": True, "m.k.base_layer.weight": False,
     }.items():  # fmt: skip
-        name = formats.carried(f"base_model.model.{key}", ["head", ""], {"m.q": {}})
+        name = peft.carried(f"base_model.model.{key}", ["head", ""], {"m.q": {}})
         assert name == (key if carried else None), key
 
 
@@ -1067,6 +1075,6 @@ def test_combine_full_tensors(plain):
 
 
 def test_import_needs_little():
-    code = "import sys, lora_opcm.adapters; print({'peft', 'transformers', 'pandas', 'scipy'} & set(sys.modules))"
+    code = "import sys, lora_opcm.api; print({'peft', 'transformers', 'pandas', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -18,7 +18,7 @@ from factories import adapter
 from safetensors.torch import save_file
 
 import lora_opcm as lo
-from lora_opcm.cli import main
+from lora_opcm.command.app import main
 
 SHAPES = {"layers.0.q": (12, 8), "layers.0.up": (16, 8)}
 VALUES = [
@@ -215,7 +215,7 @@ def test_a_real_process_refuses_a_truncated_file_by_name(tmp_path, words):
     weights = tmp_path / "damaged" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     before = sorted(p for p in tmp_path.rglob("*"))
-    process = [sys.executable, "-c", "from lora_opcm.cli import main; main()", *words, "damaged"]
+    process = [sys.executable, "-c", "from lora_opcm.command.app import main; main()", *words, "damaged"]
     done = subprocess.run(process, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: damaged/adapter_model.safetensors: not a readable safetensors file")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from factories import adapter
+from lora_opcm.adapters import Kind
 from peft import PeftModel
 
 import lora_opcm as lo
-from lora_opcm.adapters import Kind
 from lora_opcm.lab import AssetError, assets, load_hub_task, load_task, tasks
 from lora_opcm.lab.encoder import embed, head, load_base, pad, tokenise
 from lora_opcm.lab.evaluation import Evaluator, applied, summarise

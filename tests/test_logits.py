@@ -11,7 +11,7 @@ from test_cli import run
 from transformers import BertConfig, BertForSequenceClassification, CLIPTextConfig, CLIPTextModel
 
 import lora_opcm as lo
-from lora_opcm.recipe import rounding
+from lora_opcm.command.recipe import relative_rounding as rounding
 
 DTYPES = ["float32", "float16", "bfloat16"]
 METHODS = {"cat": ["--weights", "0.7,-0.4"], "opcm": ["--alpha", "0.3"]}

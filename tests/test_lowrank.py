@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_opcm import Adapter, LowRank, merge
-from lora_opcm.core import reduce
-from lora_opcm.lowrank import add, keep_rank
+from lora_opcm.lowrank import add
+from lora_opcm.merging import Core
+from lora_opcm.numerics import keep_rank
 
 shapes = st.tuples(st.integers(4, 40), st.integers(4, 40), st.integers(1, 4), st.integers(0, 10**6))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -78,7 +79,7 @@ def test_core_space_is_exact(m, n, ranks, dtype, repeat, seed):
     generator = torch.Generator().manual_seed(seed)
     updates = [update(m, n, r, generator, dtype) for r in ranks]
     updates += [updates[0], updates[0] * 2.0] if repeat else []
-    core = reduce(updates)
+    core = Core.of(updates)
     q_left = core.left @ torch.eye(core.cores[0].shape[0], dtype=torch.float64)
     assert torch.allclose(
         q_left.mT.double() @ q_left.double(), torch.eye(q_left.shape[1]).double(), atol=1e-5
@@ -93,7 +94,7 @@ def test_core_space_of_nearly_dependent_adapters(generator):
     for gap in (1e-1, 1e-3, 1e-5, 1e-7):
         noise = update(200, 150, 4, generator, scale=gap)
         near = LowRank(base.left + noise.left, base.right)
-        core = reduce([base, near])
+        core = Core.of([base, near])
         difference = core.lift(core.cores[1] - core.cores[0])[0]
         reference = dense(near) - dense(base)
         assert float((dense(difference) - reference).norm()) < 1e-6 * base.norm()
@@ -115,7 +116,7 @@ def test_wrong_factors_are_refused(factors, words):
 def test_wrong_arguments_are_refused(generator):
     a, b = update(5, 4, 2, generator), update(5, 6, 2, generator)
     with pytest.raises(ValueError, match=r"\(5, 4\).*\(5, 6\)"):
-        reduce([a, b])
+        Core.of([a, b])
     with pytest.raises(ValueError, match="one shape"):
         a.inner(b)
     with pytest.raises(ValueError, match="at least 1, got 0"):
@@ -151,7 +152,7 @@ def test_a_gauge_of_large_condition_moves_no_merge(condition, device, generator)
 def test_a_tiny_adapter_loses_nothing_of_another(generator):
     a, b = (update(30, 20, 4, generator, torch.float64) for _ in range(2))
     tiny = LowRank(b.left * 1e-170, b.right)
-    core = reduce([a, tiny])
+    core = Core.of([a, tiny])
     assert error(core.lift(core.cores[0])[0], dense(a)) < 1e-12
     large = LowRank(1e85 * core.lift(core.cores[1])[0].left, 1e85 * core.lift(core.cores[1])[0].right)
     assert error(large, dense(b)) < 1e-12

@@ -1,5 +1,7 @@
 """Every method of the registry, held to what the registry says of it."""
 
+import zlib
+
 import pytest
 import torch
 from factories import adapter, dense, dense_opcm, error
@@ -7,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_opcm as lo
-from lora_opcm.adapters import scaled
-from lora_opcm.core import Basis, Core
+from lora_opcm.files import scaled
 from lora_opcm.lowrank import LowRank
-from lora_opcm.methods import REGISTRY, _seed
+from lora_opcm.merging import Basis, Core, table
 
+REGISTRY = table()
 SHAPES = {"a": (40, 32), "b": (36, 48)}
 T, RANK = 4, 3
 FLAT = {"iso_c", "iso_cts"}  # their point is not to return the one adapter they are given
@@ -34,10 +36,15 @@ def grams(count, shapes=SHAPES, seed=9):
     return found
 
 
+def _seed(name, seed=0):
+    """Every module draws another mask: a hash of the seed and its name."""
+    return zlib.crc32(f"{seed} {name}".encode())
+
+
 def run(method, adapters, neutral=False, order=None, **options):
     entry = REGISTRY[method]
     if neutral:
-        options |= {k: 1.0 for k in ("scale", "density") if k in entry.options}
+        options |= {"scale": 1.0} | ({"density": 1.0} if "density" in entry.options else {})
         options |= {"power": 0.0} if "power" in entry.options else {}
     if entry.data:
         options["grams"] = [grams(len(adapters))[i] for i in (order or range(len(adapters)))]
@@ -236,14 +243,13 @@ IN_CORE = [m.name for m in REGISTRY.values() if m.space == "core" and m.name not
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_in_the_core_agrees_with_the_same_rule_on_dense_float64(method, seed):
     adapters = stream(torch.float32, seed)
-    options = {"scale": 1.0} if method == "opcm" else {}
-    merged = run(method, adapters, **options)
+    merged = run(method, adapters, scale=1.0)
     for name in SHAPES:
-        local = options | ({"seed": _seed({}, name)} if "seed" in REGISTRY[method].options else {})
+        local = {"seed": _seed(name)} if "seed" in REGISTRY[method].options else {}
         whole = full_core([dense(a.modules[name]) for a in adapters])
         # Stops at a gradient of 1e-6, on a flat part of its objective.
         limit = 1e-4 if method == "karcher_mean" else 1e-5
-        assert error(merged.modules[name], REGISTRY[method].run(whole, **local)) < limit
+        assert error(merged.modules[name], REGISTRY[method].rule(whole, **local)) < limit
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
@@ -252,7 +258,7 @@ def test_float32_random_masks_agree_with_float64(method):
     merged = run(method, adapters)
     for name in SHAPES:
         deltas = [dense(a.modules[name]) for a in adapters]
-        generator = torch.Generator().manual_seed(_seed({}, name))
+        generator = torch.Generator().manual_seed(_seed(name))
         kept = [d * (torch.rand(d.shape, generator=generator, dtype=torch.float64) < 0.5) * 2 for d in deltas]
         assert error(merged.modules[name], sum(kept) if method == "dare" else _ties(kept, 1.0)) < 1e-5
 
@@ -373,7 +379,10 @@ def test_registry_opcm_is_the_streaming_one():
         ({"method": "whitened_sum", "cap": 0}, "cap must be"),
         ({"method": "whitened_sum", "power": -3}, r"power must be a number in \[0, 1\], got -3"),
         ({"method": "iso_cts", "common": 7}, "common must be"),
-        ({"method": "tsv", "scale": "x"}, "scale must be a finite number or 'norm', got 'x'"),
+        (
+            {"method": "tsv", "scale": "x"},
+            "scale must be a finite number, 'norm' or a multiple of it such as '2norm', got 'x'",
+        ),
         ({"method": "tsv", "scale": float("nan")}, "scale must be"),
         ({"method": "tsv", "scale": True}, "scale must be"),
     ],
@@ -428,16 +437,16 @@ def test_wrong_adapters_are_refused():
 
 
 def test_table_lists_every_method():
-    table = lo.methods()
-    assert list(table.index) == list(REGISTRY)
-    assert table.loc["opcm", "order matters"] and not table.loc["lora_opcm", "gauge-invariant"]
+    shown = lo.methods()
+    assert list(shown.index) == list(REGISTRY)
+    assert shown.loc["opcm", "order matters"] and not shown.loc["lora_opcm", "gauge-invariant"]
 
 
 @pytest.mark.parametrize("method", ["opcm", "cat", "ties", "lora_opcm"])
 def test_what_truncation_drops_is_reported(method):
-    adapters, dropped = stream(), {}
-    exact, cut = lo.merge(adapters, method), lo.merge(adapters, method, rank=2, dropped=dropped)
+    adapters = stream()
+    exact, cut = lo.merge(adapters, method), lo.merge(adapters, method, rank=2)
     for name, u in exact.modules.items():
         s = u.svd()[1]
-        assert dropped[name] == pytest.approx(float(s[2:].square().sum() / s.square().sum()), abs=1e-9)
+        assert cut.dropped[name] == pytest.approx(float(s[2:].square().sum() / s.square().sum()), abs=1e-9)
         assert cut.modules[name].rank == 2

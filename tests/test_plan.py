@@ -7,9 +7,10 @@ import torch
 from factories import adapter
 
 import lora_opcm as lo
-from lora_opcm.methods import REGISTRY
-from lora_opcm.plan import CORES, ONE_RANK, PASSES, Machine, calibrate
+from lora_opcm.merging import table
+from lora_opcm.merging.plan import CORES, ONE_RANK, PASSES, Machine, calibrate
 
+REGISTRY = table()
 TASKS = "ng-comp ng-rec ng-sci ng-politics ng-religion reuters-r8 reuters-rare tweets".split()
 MACHINE = Machine(1e10, 1e11, 1e10)
 

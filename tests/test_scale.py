@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_methods import RANK, REGISTRY, SHAPES, distance, grams, run, stream
 
 import lora_opcm as lo
-from lora_opcm.core import gram_matrix, reduce, reduce_batch
-from lora_opcm.parallel import full_precision, parallel_map
-from lora_opcm.shards import belongs, join, merge_shard
+from lora_opcm.merging import Core
+from lora_opcm.merging.shards import belongs, join, merge_shard
+from lora_opcm.numerics import full_precision, gram_matrix
+from lora_opcm.parallel import parallel_map
 
 MANY = SHAPES | {f"layers.{i}.{name}": shape for i in range(3) for name, shape in SHAPES.items()}
 FOUND = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -132,8 +133,8 @@ def test_low_matmul_precision_outside_changes_no_bit(method, device, monkeypatch
 
 def test_a_batch_of_cores_is_the_cores_one_by_one():
     modules = [[a.modules["a"] for a in stream(torch.float16, seed)] for seed in range(3)]
-    for core, updates in zip(reduce_batch(modules, "cpu"), modules):
-        alone = reduce(updates)
+    for core, updates in zip(Core.batch(modules, "cpu"), modules):
+        alone = Core.of(updates)
         for c, d in zip(core.cores, alone.cores):
             assert float((c - d).norm() / d.norm()) < 1e-12
         assert core.dtype == alone.dtype and core.left.nested
@@ -144,7 +145,7 @@ def test_gram_and_lift_keep_to_their_devices(dtype):
     """On fake tensors, one device of which is "meta": where devices were mixed, this raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lora_opcm.core import Basis
+    from lora_opcm.merging import Basis
 
     with FakeTensorMode():
         columns = torch.empty(2, 64, 6, dtype=dtype, device="meta")
@@ -176,19 +177,18 @@ def files(folder):
 def test_three_shards_give_the_bytes_of_one_process(method, inputs, tmp_path):
     options = {"rank": 4, "weights": [1.0, 0.5, -1.0, 2.0]}
     options |= {"grams": grams(4, MANY)} if REGISTRY[method].data else {}
-    dropped = {}
-    whole = lo.merge([lo.load_adapter(path) for path in inputs], method, dropped=dropped, **options)
+    whole = lo.merge([lo.load_adapter(path) for path in inputs], method, **options)
     lo.save_adapter(whole, tmp_path / "whole")
     parts = [merge_shard(inputs, tmp_path / f"{i}.safetensors", (i, 3), method, **options) for i in (2, 0, 1)]
-    joined, call, shares, _ = join(parts)
+    joined, call, _ = join(parts)
     lo.save_adapter(joined, tmp_path / "joined")
     assert files(tmp_path / "joined") == files(tmp_path / "whole")
-    assert shares == dropped
+    assert joined.dropped == whole.dropped
     assert call == {"method": method, "rank": 4, "weights": [1.0, 0.5, -1.0, 2.0]}
 
 
 def test_shards_in_processes_of_their_own(inputs, tmp_path):
-    code = "import sys; from lora_opcm.shards import merge_shard; merge_shard(sys.argv[3:], sys.argv[2], (int(sys.argv[1]), 3))"
+    code = "import sys; from lora_opcm.merging.shards import merge_shard; merge_shard(sys.argv[3:], sys.argv[2], (int(sys.argv[1]), 3))"
     names = [tmp_path / f"{i}.safetensors" for i in range(3)]
     running = [subprocess.Popen([sys.executable, "-c", code, str(i), names[i], *inputs]) for i in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]

@@ -1,0 +1,5 @@
+"""`python -m lora_opcm`: the command line."""
+
+from .command.app import main
+
+main()

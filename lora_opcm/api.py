@@ -1,0 +1,31 @@
+"""The public names of the package, which `lora_opcm` hands on when they are asked for."""
+
+from .files import Adapter, AdapterError, adapter_path, data_dir, load_adapter, save_adapter
+from .gauge import align
+from .geometry import phi, principal_angles, similarity
+from .lowrank import LowRank
+from .merging.merge import merge
+from .merging.method import merge_method, methods
+from .merging.plan import plan
+from .streams import ContinualMerger, FactorMerger, SumMerger
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "ContinualMerger",
+    "FactorMerger",
+    "LowRank",
+    "SumMerger",
+    "adapter_path",
+    "align",
+    "data_dir",
+    "load_adapter",
+    "merge",
+    "merge_method",
+    "methods",
+    "phi",
+    "plan",
+    "principal_angles",
+    "save_adapter",
+    "similarity",
+]

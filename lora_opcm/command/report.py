@@ -1,0 +1,153 @@
+"""An interactive report of how adapters overlap: one HTML file that needs no network and runs no kernel."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from ..files.disk import write_text
+from . import drawing
+
+Tables = Mapping[tuple[int, int], pd.DataFrame]  # (i, j) with i < j -> `similarity` of adapters i and j
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figcaption,.note{color:#555;font-size:.9rem}li{margin:.4rem 0}"""
+
+
+def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: int) -> Path:
+    """Write the report of all pairs of adapters `names`, whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If a pair has nothing to draw.
+    """
+    for (i, j), t in tables.items():
+        if t.phi_left.isna().all():
+            raise ValueError(
+                f"{names[i]} and {names[j]}: no module is nonzero in both, there is nothing to report"
+            )
+    parts = [
+        (
+            "By layer and kind of module",
+            heat_map(names, tables),
+            "φ divided by what chance gives (1: unrelated). Choose the pair and the side in the menu.",
+        )
+    ]
+    if len(names) > 2:
+        parts.append(
+            (
+                "A map of the adapters",
+                adapter_map(names, tables),
+                "Adapters whose leading subspaces overlap lie near each other; distances are approximate, axes have no meaning.",
+            )
+        )
+    body = "".join(
+        f"<h2>{title}</h2><figure>{pio.to_html(figure, include_plotlyjs=i == 0, full_html=False)}<figcaption>{note}</figcaption></figure>"
+        for i, (title, figure, note) in enumerate(parts)
+    )
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in advice(names, tables))
+    text = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Overlap of {len(names)} LoRA adapters</title>'
+        f"<style>{STYLE}</style><main><h1>Overlap of {html.escape(', '.join(names))}</h1><p class=note>{k} leading directions of the first and {l} of the second update of a pair; outputs are the left, inputs the right singular vectors.</p>"
+        f"<h2>In words</h2><ul>{listed}</ul>{body}</main></html>"
+    )  # fmt: skip
+    write_text(path, text)
+    return path
+
+
+def advice(names: Sequence[str], tables: Tables) -> list[str]:
+    """What overlaps, which merge that suggests, and how sure one can be."""
+    lines = []
+    for (i, j), t in tables.items():
+        left, right = (t.phi_left / t.null_left).mean(), (t.phi_right / t.null_right).mean()
+        where = t.index[(t.phi_left / t.null_left).argmax()]
+        lines.append(
+            f"{names[i]} and {names[j]}: outputs overlap {left:.1f} times chance (most in {where}), inputs {right:.1f} times; mean cosine {t.cosine.mean():.3f}."
+        )
+    cosine = max(abs(t.cosine.mean()) for t in tables.values())
+    inputs = max((t.phi_right / t.null_right).mean() for t in tables.values())
+    if cosine > 0.3:
+        lines.append(
+            "Some updates point the same way: a plain sum counts what they share twice. Prefer a mean, or a method that whitens (tsv, whitened_sum)."
+        )
+    elif inputs > 3:
+        lines.append(
+            "Inputs are shared far beyond chance. Adapters that were trained from one random start do that whatever their tasks; if these were, do not read it as kinship."
+        )
+    else:
+        lines.append(
+            "The updates are nearly orthogonal and read different inputs: a sum keeps each of them, and its scale matters more than the method. Choose the scale on validation data if you have any."
+        )
+    lines.append(
+        "How sure: on the eight tasks of the book, overlap did not rank the losses of pairs reliably (chapter 'Does overlap predict interference?'). Measure the merged adapter on your tasks."
+    )
+    return lines
+
+
+def heat_map(names: Sequence[str], tables: Tables) -> go.Figure:
+    """φ over its null by layer (columns) and kind of module (rows), one frame a pair and side."""
+    figure, labels = go.Figure(), []
+    for (i, j), t in tables.items():
+        numbers = [re.search(r"\d+", name) for name in t.index]
+        layer = [int(m[0]) if m else 0 for m in numbers]
+        kind = [re.sub(r"\d+", "·", name, count=1) for name in t.index]
+        for side, word in (("left", "outputs"), ("right", "inputs")):
+            grid = pd.DataFrame(
+                {"layer": layer, "kind": kind, "ratio": (t[f"phi_{side}"] / t[f"null_{side}"]).to_numpy()}
+            )
+            grid = grid.pivot_table(index="kind", columns="layer", values="ratio").round(2)
+            figure.add_heatmap(
+                z=grid.to_numpy(),
+                x=list(grid.columns),
+                y=[k[-40:] for k in grid.index],
+                colorscale="Viridis",
+                visible=not labels,
+                colorbar={"title": "× chance"},
+            )
+            labels.append(f"{names[i]} + {names[j]}, {word}")
+    buttons = [
+        {"label": s, "method": "update", "args": [{"visible": [a == b for b in range(len(labels))]}]}
+        for a, s in enumerate(labels)
+    ]
+    menu = {"type": "dropdown", "buttons": buttons, "x": 0, "y": 1.15, "xanchor": "left", "yanchor": "top"}
+    return drawing.finish(
+        figure,
+        "Overlap by layer and kind of module, in multiples of chance",
+        480,
+        xaxis_title="layer",
+        margin={"t": 80},
+        updatemenus=[menu],
+    )
+
+
+def adapter_map(names: Sequence[str], tables: Tables) -> go.Figure:
+    """Classical scaling of the chordal distances √(1 − φ), averaged over modules and sides."""
+    d2 = np.zeros((len(names), len(names)))
+    for (i, j), t in tables.items():
+        d2[i, j] = d2[j, i] = 1 - (t.phi_left.mean() + t.phi_right.mean()) / 2
+    centre = np.eye(len(names)) - 1 / len(names)
+    values, vectors = np.linalg.eigh(-centre @ d2 @ centre / 2)
+    points = vectors[:, -2:] * np.sqrt(values[-2:].clip(min=0))
+    figure = go.Figure(
+        go.Scatter(
+            x=points[:, 1],
+            y=points[:, 0],
+            mode="markers+text",
+            text=list(names),
+            textposition="top center",
+            marker={"size": 12},
+        )
+    )
+    return drawing.finish(
+        figure,
+        "Map of the adapters by the overlap of their subspaces",
+        460,
+        xaxis={"visible": False},
+        yaxis={"visible": False, "scaleanchor": "x"},
+    )

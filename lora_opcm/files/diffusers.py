@@ -1,0 +1,108 @@
+"""Diffusers files: a component before each name ("unet.", "transformer."), scales in the header."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from .adapter import Adapter, AdapterError
+from .format import Contents, Format, Part, factors_of, no_names, size_of
+from .kohya import class_names
+from .peft import Scales, config_for, parse_config
+from .refusals import check_config
+
+CONFIGS = "lora_adapter_metadata"  # where diffusers keeps a PEFT config, in the header
+COMPONENTS = {"unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "diffusion_model"}
+
+SUFFIXES = {
+    ".lora.down.weight": Part("down"),
+    ".lora.up.weight": Part("up"),
+    ".lora_linear_layer.down.weight": Part("down"),
+    ".lora_linear_layer.up.weight": Part("up"),
+}
+
+
+def scales(
+    metadata: Mapping[str, str], names: Iterable[str], where: str
+) -> Callable[[str, int], float] | None:
+    """(name, rank) → s for a diffusers file: the PEFT configs in its header, or None, which means s = 1.
+
+    Raises
+    ------
+    AdapterError
+        If there is neither a config nor a component ("unet.", …) that shows the file to be of diffusers: the
+        scale of PEFT factors without adapter_config.json is unknown.
+    """
+    if CONFIGS not in metadata:
+        for name in names:
+            if not _component(name)[0]:
+                raise AdapterError(f"{where}: {name}: expected adapter_config.json beside it, for the scale")
+        return None
+    where = f"{where} ({CONFIGS})"
+    packed = parse_config(metadata[CONFIGS], where)
+    known = {}
+    for component in {_component(name)[0] for name in names}:
+        config = _unpack(packed, component)
+        if not config:
+            raise AdapterError(f"{where}: expected a config for {component!r}, got {sorted(packed)[:5]}")
+        check_config({"peft_type": "LORA"} | config, where)
+        known[component] = Scales(config, where)
+
+    def scale(name: str, rank: int) -> float:
+        component, rest = _component(name)
+        return known[component](rest, rank)
+
+    return scale
+
+
+def header(
+    sizes: Mapping[str, tuple[int, float]],
+    metadata: Mapping[str, str],
+    config: Mapping,
+    base_model: str | None,
+    where: str,
+) -> dict[str, str]:
+    """The PEFT configs of a diffusers file, packed for its header; `sizes`: component.module → (rank, scale)."""
+    old = parse_config(metadata[CONFIGS], where) if CONFIGS in metadata else {}
+    packed = {}
+    for component in {_component(name)[0]: None for name in sizes}:
+        own = {_component(name)[1]: size for name, size in sizes.items() if _component(name)[0] == component}
+        # The modules of a merge may be others than the old targets say.
+        known = (dict(config) or _unpack(old, component)) | {"target_modules": None}
+        found = config_for(own, known, base_model)
+        packed |= {f"{component}.{key}" if component else key: value for key, value in found.items()}
+    return {CONFIGS: json.dumps(packed, sort_keys=True)}
+
+
+def _component(name: str) -> tuple[str, str]:
+    component, _, rest = name.partition(".")
+    return (component, rest) if component in COMPONENTS else ("", name)
+
+
+def _unpack(packed: Mapping, component: str) -> dict:
+    if not component:
+        return dict(packed)
+    return {k.removeprefix(component + "."): v for k, v in packed.items() if k.startswith(component + ".")}
+
+
+def contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> Contents:
+    """Tensors and metadata of a diffusers file."""
+    tensors, sizes = {}, {}
+    for name, update in adapter.modules.items():
+        up, down = factors_of(adapter, name, dtype)
+        tensors[f"{names[name]}.lora_B.weight"], tensors[f"{names[name]}.lora_A.weight"] = up, down
+        sizes[names[name]] = size_of(update)
+    config = adapter.config if adapter.format == "peft" else {}
+    configs = header(sizes, adapter.metadata, config, adapter.base_model, adapter.source)
+    return tensors, {"format": "pt"} | adapter.metadata | configs
+
+
+def names(adapter: Adapter) -> dict[str, str]:
+    """Module name → component and name, from the base model's class in a PEFT config."""
+    if adapter.format != "peft":
+        raise no_names("diffusers", adapter)
+    component = class_names(adapter.config, adapter.source)[1]
+    return {name: f"{component}.{name}" for name in adapter.modules}
+
+
+FORMAT = Format("diffusers", SUFFIXES, names, contents, scales)

@@ -1,0 +1,209 @@
+"""Reading adapters.
+
+Reading never executes anything from a file and opens no path that a file names. Tensors are mapped from disk and
+read when used: replace a file that is loaded (as `save_adapter` does), do not overwrite it in place.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..numerics import finite
+from . import peft
+from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError, Kind, widest
+from .format import Stored, formats
+from .peft import CONFIG, WEIGHTS
+from .refusals import PICKLES, check_config, refuse
+
+MAX_TENSORS, MAX_NAME = 200_000, 500  # a hostile header must not cost more than a large adapter
+LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
+
+
+def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = None) -> Adapter:
+    """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
+
+    A folder without an adapter of its own may hold one further down (`weights_of`).
+
+    The format is detected by the keys. Scales: PEFT as its config says (`peft.Scales`); kohya α/r by the
+    module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
+    config it keeps in the header.
+
+    With `only`, no more than the modules and full tensors whose names it holds true of are read and checked.
+
+    Raises
+    ------
+    AdapterError
+        For whatever is no plain LoRA (`refusals.REFUSED_KEYS`, `refusals.REFUSED_OPTIONS`), pickles, truncated
+        or corrupt files, factors that are not float or hold NaN or Inf, shapes that do not fit, half a
+        module, no module at all. The message names the file, the module, what came and what was expected.
+    """
+    path = weights_of(path)
+    if not path.suffix and not path.exists():
+        raise AdapterError(f"{path}: no such file or folder")
+    if path.suffix.lower() in PICKLES:
+        raise AdapterError(
+            f"{path}: a pickle can run code when it is opened, so only safetensors are read; convert it where"
+            " you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
+        )
+    config = peft.read_config(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read(file, path, config, only or (lambda name: True))
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{path}: not a readable safetensors file (truncated?): {reason}") from error
+
+
+def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
+    """The file that holds the factors: `path` itself, or the one in a folder.
+
+    In a folder without an adapter, as a downloaded snapshot may be, the one adapter up to `depth` levels down.
+
+    Raises
+    ------
+    AdapterError
+        If there is none, or more than one.
+    """
+    folder = path = Path(path)
+    if not path.is_dir():
+        return path
+    for suffix in (".safetensors", *sorted(PICKLES)):
+        if (folder / WEIGHTS).with_suffix(suffix).is_file():
+            return (folder / WEIGHTS).with_suffix(suffix)
+    hint = ""
+    if not (folder / CONFIG).is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return files[0]
+        inside = sorted({p.parent for d in range(depth) for p in folder.glob("*/" * (d + 1) + CONFIG)})
+        if len(inside) == 1:
+            return weights_of(inside[0])
+        found = [str(p.relative_to(folder)) for p in inside] or [p.name for p in files]
+        if found:
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            hint = f"; there are {len(found)} inside, name one: {', '.join(found[:8])}{more}"
+    raise AdapterError(f"{folder}: expected {CONFIG} and {WEIGHTS}, or one .safetensors file{hint}")
+
+
+def group(keys: Iterable[str], where: str) -> tuple[set[str], dict[str, dict[str, str]], list[str]]:
+    """Sort the keys of a file.
+
+    Returns
+    -------
+    dialects : names of the formats whose suffixes were met
+    factors : module → {"up": key, "down": key, "alpha": key, "embedding": key of an embedding factor}
+    rest : keys that belong to no LoRA factor
+
+    Raises
+    ------
+    AdapterError
+        If a module is spelled in two ways.
+    """
+    suffixes = {end: (f.name, part) for f in formats().values() for end, part in f.suffixes.items()}
+    dialects, factors, rest = set(), {}, []
+    for key in sorted(keys):
+        for suffix, (dialect, part) in suffixes.items():
+            if key.endswith(suffix) and len(key) > len(suffix):
+                dialects.add(dialect)
+                parts = factors.setdefault(key.removesuffix(suffix).removeprefix(peft.PREFIX), {})
+                if part.role in parts or (parts and part.embedding != ("embedding" in parts)):
+                    raise AdapterError(f"{where}: {key} and {min(parts.values())} name one module twice")
+                parts[part.role] = key
+                if part.embedding:
+                    parts["embedding"] = key
+                break
+        else:
+            rest.append(key)
+    alphas = {k for k in rest if k.endswith(".alpha") and k.removesuffix(".alpha") in factors}
+    for key in alphas:
+        factors[key.removesuffix(".alpha")]["alpha"] = key
+    return dialects, factors, [k for k in rest if k not in alphas]
+
+
+def _read(file, path: Path, config: dict | None, only: Callable[[str], bool]) -> Adapter:
+    where, metadata = str(path), file.metadata() or {}
+    if len(file.keys()) > MAX_TENSORS or max(map(len, file.keys()), default=0) > MAX_NAME:
+        raise AdapterError(
+            f"{where}: {len(file.keys())} tensors with names of up to {max(map(len, file.keys()))} characters,"
+            f" expected at most {MAX_TENSORS} and {MAX_NAME}: no adapter has more"
+        )
+    dialects, factors, rest = group(file.keys(), where)
+    saved, scales = {}, None
+    if dialects <= {"peft"} and config is not None:
+        format, config_path = "peft", str(path.parent / CONFIG)
+        check_config(config, config_path)
+        rest += [parts["alpha"] for parts in factors.values() if "alpha" in parts]
+        names = {k: peft.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
+        refuse([k for k, name in names.items() if name is None], where)
+        saved = {n: _tensor(file, key, where, factor=False) for key, n in names.items() if only(n)}
+        scales = peft.Scales(config, config_path)
+        base = config.get("base_model_name_or_path")
+    else:
+        refuse(rest, where)
+        if dialects <= {"peft", "diffusers"}:  # diffusers writes PEFT's keys, too
+            dialects = {"diffusers"}
+        if len(dialects) > 1:
+            raise AdapterError(f"{where}: expected keys of one format, got {' and '.join(sorted(dialects))}")
+        (format,), config = dialects, {}
+        scales = formats()[format].scales(metadata, factors, where)
+        base = metadata.get("ss_base_model_version")
+    if not factors:
+        raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
+    modules, kinds = {}, {}
+    for name in filter(only, factors):
+        parts = factors[name]
+        modules[name] = update = _update(file, name, parts, scales, where)
+        if "embedding" in parts:
+            kinds[name] = Kind("embedding")
+        elif update.down.ndim > 2:
+            kinds[name] = Kind("conv", tuple(update.down.shape[2:]))
+    keys = [parts[role] for parts in factors.values() for role in ("up", "down") if role in parts]
+    names = {file.get_slice(key).get_dtype() for key in keys}  # of all factors, whatever `only` says
+    dtype = widest(t for t in DTYPES if DTYPES[t] in names & set(FACTOR_DTYPES))
+    base = base if isinstance(base, str) else None
+    return Adapter(modules, base, format, kinds, config, saved, metadata, dtype, where)
+
+
+def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Stored:
+    if "up" not in parts or "down" not in parts:
+        raise AdapterError(f"{where}: {name}: expected two factors, got only {min(parts.values())}")
+    up, down = (_tensor(file, parts[role], where) for role in ("up", "down"))
+    shapes = f"{where}: {name}: {parts['up']} is {tuple(up.shape)} and {parts['down']} {tuple(down.shape)}"
+    if up.ndim != down.ndim or up.ndim < 2 or set(up.shape[2:]) - {1} or not up.numel() * down.numel():
+        raise AdapterError(f"{shapes}, expected (m, r) and (r, n), or (out, r, 1, 1) and (r, in, h, w)")
+    rank = down.shape[0]
+    if up.shape[1] != rank:
+        hint = " (a grouped convolution?)" if up.ndim > 2 else ""
+        raise AdapterError(f"{shapes}, expected one rank, got {up.shape[1]} and {rank}{hint}")
+    alpha = _tensor(file, parts["alpha"], where) if "alpha" in parts else None
+    if alpha is None:
+        scale = scales(name, rank) if scales else 1.0
+    elif alpha.numel() != 1 or not float(alpha):
+        # Zero: kohya's trainer reads it as α = r, its merge script as no update at all.
+        raise AdapterError(f"{where}: {name}: alpha is {alpha.tolist()}, expected one nonzero number")
+    else:
+        scale = float(alpha) / rank
+    update = Stored.fold(up, down, scale, alpha)
+    if scale != 1 and not finite(update.left):
+        raise AdapterError(f"{where}: {name}: scale {scale:g} times {parts['up']} overflows {update.dtype}")
+    largest = (
+        max(float(x.abs().max()) for x in (update.left, update.right)) if update.dtype == torch.float64 else 0
+    )
+    if largest > LARGEST:
+        raise AdapterError(f"{where}: {name}: a factor holds {largest:.1e}, expected below {LARGEST:.0e}")
+    return update
+
+
+def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
+    dtype = file.get_slice(key).get_dtype()
+    expected = FACTOR_DTYPES if factor else DTYPES.values()
+    if dtype not in expected:
+        raise AdapterError(f"{where}: {key} is {dtype} (quantised?), expected one of {', '.join(expected)}")
+    tensor = file.get_tensor(key)
+    if not finite(tensor):
+        raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
+    return tensor

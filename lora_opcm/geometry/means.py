@@ -1,0 +1,72 @@
+"""Means of subspaces: chordal in closed form, Karcher by iteration, and the ascent that lands on the first."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .frames import Frames, Weights, collect64, frame64, random_frame
+from .geodesics import exp, log, tangent
+
+
+def chordal_mean(frames: Frames, weights: Weights = None, k: int | None = None) -> Tensor:
+    """Frame, shape=[n, k], of the k leading eigenvectors of Σ wᵢUᵢUᵢᵀ: it maximises Σ wᵢ‖UᵀUᵢ‖²_F.
+
+    For equal dimensions it maximises Σ wᵢφ(U, Uᵢ) and minimises Σ wᵢ chordal_distance². From the thin SVD of
+    [√w₁U₁ … √w_TU_T]; nothing n × n is formed. frames: [n, kᵢ] each, kᵢ may differ if k is given. weights:
+    default equal. φ divides by min(k, kᵢ), so for mixed dimensions the weights that maximise Σ wᵢφ are
+    wᵢ/min(k, kᵢ). Not unique where eigenvalues k and k+1 agree. Raises ValueError for negative weights, or a
+    k larger than the number of directions the frames span.
+    """
+    frames, w, k, dtype = collect64(frames, weights, k)
+    stack = torch.cat([U * x**0.5 for U, x in zip(frames, w, strict=True)], dim=-1)  # (n, Σkᵢ)
+    X, S, _ = torch.linalg.svd(stack, full_matrices=False)
+    rank = int((S > max(1e-12, 10 * torch.finfo(dtype).eps) * S[0]).sum())
+    if not 1 <= k <= rank:
+        raise ValueError(f"k={k}, but the frames with positive weight span {rank} directions")
+    return X[:, :k].to(dtype)
+
+
+def karcher_mean(frames: Frames, weights: Weights = None, tol: float = 1e-12, max_iter: int = 1000) -> Tensor:
+    """Frame, shape=[n, k], that minimises Σ wᵢ geodesic_distance(U, Uᵢ)², by U ← exp(U, Σ wᵢ log(U, Uᵢ)).
+
+    Starts at the chordal mean; done when ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1), and
+    warns if max_iter steps do not reach that. Frames of one dimension. Unique if they lie in a ball of radius
+    π/4 (Afsari 2011); beyond it, a stationary point.
+    """
+    frames, w, _, dtype = collect64(frames, weights, None)
+    U, stack = chordal_mean(frames, w), torch.stack(frames)  # (n, k), (T, n, k)
+    share = torch.tensor(w, dtype=U.dtype, device=U.device) / sum(w)
+    for _ in range(max_iter):
+        H = (share[:, None, None] * log(U, stack)).sum(0)
+        if H.norm() <= tol:
+            return U.to(dtype)
+        U = exp(U, H)
+    warnings.warn(f"karcher_mean: gradient {H.norm():.1e} > {tol:.1e} after {max_iter} steps", stacklevel=2)
+    return U.to(dtype)
+
+
+def ascend_phi(
+    frames: Frames, weights: Weights = None, k=None, steps=500, step_size=1.0, start=None, generator=None
+) -> tuple[Tensor, Tensor]:
+    """Riemannian gradient ascent on Σ wᵢφ(U, Uᵢ): (frame, shape=[n, k]; objective, shape=[steps + 1]).
+
+    Default weights 1/T. The gradient is the horizontal part of the Euclidean one (EAS eq. 2.70); each step
+    follows `exp`. step_size is in units of 1/L, L = 2λ₁ a bound on the second derivative along geodesics: up
+    to 1 the objective never falls. From almost every start (default: random, by generator) it converges to
+    the chordal mean with weights wᵢ/min(k, kᵢ), by a factor of about 1 − (λ_k − λ_{k+1})/λ₁ a step.
+    """
+    frames, w, k, dtype = collect64(frames, weights, k)
+    scaled = [U * (x / min(k, U.shape[-1])) ** 0.5 for U, x in zip(frames, w, strict=True)]
+    Z = torch.cat(scaled, dim=-1)  # (n, Σkᵢ), objective ‖ZᵀU‖²_F
+    rate = step_size / (2 * torch.linalg.matrix_norm(Z, 2) ** 2)
+    if start is None:
+        start = random_frame(Z.shape[0], k, generator=generator, dtype=Z.dtype).to(Z.device)
+    U = frame64(start)
+    if U.shape != (Z.shape[0], k):
+        raise ValueError(f"expected a start of shape {(Z.shape[0], k)}, got {tuple(U.shape)}")
+    history = [(Z.mT @ U).square().sum()]
+    for _ in range(steps):
+        U = exp(U, rate * tangent(U, 2 * Z @ (Z.mT @ U)))
+        history.append((Z.mT @ U).square().sum())
+    return U.to(dtype), torch.stack(history).to(dtype)

@@ -1,0 +1,98 @@
+"""Rules that look at single entries: of ΔW, of the cores, or of one side.
+
+They do not commute with a change of coordinates. Those in the core look at its entries in a basis that no gauge and
+no order can move, which makes them other methods than their namesakes on ΔW.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...numerics import nonzero_svd
+from ...values import Density, Seed
+from ..core import Core
+from ..method import merge_method
+
+
+def trim(x: Tensor, density: float) -> Tensor:
+    """Keep the share `density` of entries of largest magnitude, ties included."""
+    if density >= 1 or not x.numel():
+        return x
+    keep = max(1, round(density * x.numel()))
+    threshold = x.abs().flatten().kthvalue(x.numel() - keep + 1).values
+    return torch.where(x.abs() >= threshold, x, 0)
+
+
+def drop(x: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Keep each entry with probability `density` and rescale by 1/density."""
+    keep = torch.rand(x.shape, generator=generator, dtype=torch.float64) < density
+    return x * keep.to(x) / density
+
+
+def elect(parts: Sequence[Tensor]) -> Tensor:
+    """Per entry, the mean of the nonzero values that have the sign of the sum."""
+    stack = torch.stack(list(parts))
+    agree = (stack * stack.sum(0).sign()) > 0
+    return (stack * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+@merge_method("ties", space="dense", source="Yadav et al., arXiv 2306.01708", keeps="dense sums")
+def ties(deltas: list[Tensor], density: Density = 0.2) -> Tensor:
+    """Trim small entries (per module, as peft does; the paper trims the whole task vector), elect, average."""
+    return elect([trim(d, density) for d in deltas])
+
+
+@merge_method("dare", space="dense", source="Yu et al., arXiv 2311.03099", keeps="dense sums", ordered=True)
+def dare(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> Tensor:
+    """Drop entries at random, rescale the rest, add."""
+    generator = torch.Generator().manual_seed(seed)
+    return sum(drop(d, density, generator) for d in deltas)
+
+
+@merge_method("dare_ties", space="dense", source="Yu et al., arXiv 2311.03099", keeps="dense sums", ordered=True)
+def dare_ties(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> Tensor:
+    """DARE, then sign election."""
+    generator = torch.Generator().manual_seed(seed)
+    return elect([drop(d, density, generator) for d in deltas])
+
+
+@merge_method("magnitude_prune", space="dense", source="peft's magnitude_prune", keeps="dense sums")
+def magnitude_prune(deltas: list[Tensor], density: Density = 0.5) -> Tensor:
+    """Trim small entries, add."""
+    return sum(trim(d, density) for d in deltas)
+
+
+def canonical(core: Core) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The cores between the singular bases of [C₁ … C_T] and [C₁; …; C_T]; unique up to signs."""
+    cores = core.cores
+    left = nonzero_svd(torch.cat(cores, 1), core.dtype)[0]
+    right = nonzero_svd(torch.cat([c.mT for c in cores], 1), core.dtype)[0]
+    return left, [left.mT @ c @ right for c in cores], right
+
+
+@merge_method("core_ties", source="Core Space, arXiv 2509.17786")
+def core_ties(core: Core, density: Density = 0.5) -> Tensor:
+    """TIES on the entries of the cores."""
+    left, parts, right = canonical(core)
+    return left @ elect([trim(c, density) for c in parts]) @ right.mT
+
+
+@merge_method("core_dare_ties", source="Core Space, arXiv 2509.17786", ordered=True)
+def core_dare_ties(core: Core, density: Density = 0.5, seed: Seed = 0) -> Tensor:
+    """DARE, then sign election, on the entries of the cores."""
+    generator = torch.Generator().manual_seed(seed)
+    left, parts, right = canonical(core)
+    return left @ elect([drop(c, density, generator) for c in parts]) @ right.mT
+
+
+@merge_method("knots_ties", source="Stoica et al., arXiv 2410.19735")
+def knots_ties(core: Core, density: Density = 0.5) -> tuple[Tensor, Tensor]:
+    """[ΔW₁ … ΔW_T] = U Σ [V₁ᵀ … V_Tᵀ]; TIES on the entries of the Vₜ, in the coordinates of the layer's inputs.
+
+    Returns UΣ (p, k) in the core and the merged V (n, k) outside it: it cannot be lifted by rotation.
+    """
+    cores = core.cores
+    u, s, vh = nonzero_svd(torch.cat(cores, 1), core.dtype)
+    parts = [core.right @ block.mT for block in vh.split(cores[0].shape[1], dim=1)]
+    return u * s, elect([trim(v, density) for v in parts])

@@ -1,0 +1,156 @@
+"""Whitening: stacked frames made orthonormal again, all at once, one adapter at a time, or from three running sums.
+
+TSV-Merge stacks the singular frames of all tasks and whitens both stacks. The polar factor of a stack U is
+(UUᵀ)^{-1/2} U, and UUᵀ is the sum of the tasks' projectors; so what TSV returns is
+
+    L^{-1/2} S R^{-1/2},   S = Σ ΔWₜ,   L = Σ UₜUₜᵀ,   R = Σ VₜVₜᵀ.
+
+Sums need neither all adapters at once nor an order. `power` weights the directions of each task by
+(σ/‖σ‖)^power inside L and R: 0 is TSV, 1 flattens the spectrum of a task that is alone.
+
+Source of TSV-Merge: Gargiulo et al., arXiv 2412.00081.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...values import Limit, Share
+from ..core import Core
+from ..method import merge_method
+
+SVD = tuple[Tensor, Tensor, Tensor]
+TINY = 1e-6  # relative; an eigenvalue of L below it belongs to directions that depend on each other
+ROUNDING = 1e-12  # relative; an eigenvalue of L below it is what a subtraction left of a direction
+
+
+def polar(x: Tensor) -> Tensor:
+    """U Vᵀ of the thin SVD: the nearest matrix with orthonormal columns (or rows); shape of `x`.
+
+    Only nonzero singular directions take part. Where columns depend on each other, as with an adapter given
+    twice, the rest of a full SVD is an arbitrary basis, and the result would depend on the gauge.
+    """
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = int((s > 1e-6 * s[:1]).sum())
+    return u[:, :k] @ vh[:k]
+
+
+@merge_method("tsv", source="Gargiulo et al., arXiv 2412.00081", keeps="three sums")
+def tsv(core: Core, directions: Limit = None) -> Tensor:
+    """Stack the leading singular frames of all tasks, whiten both stacks, put the spectra back."""
+    frames = [(u[:, :directions], s[:directions], vh[:directions]) for u, s, vh in core.frames()]
+    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*[(u, s, vh.mT) for u, s, vh in frames]))
+    return (polar(u) * s) @ polar(v).mT
+
+
+@merge_method("whitening", source="this package", keeps="all directions", ordered=True)
+def whitening(core: Core) -> Tensor:
+    """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra."""
+    left, spectrum, right = core.frames()[0]
+    right = right.mT
+    for u, s, vh in core.frames()[1:]:
+        left, right = polar(torch.cat([left, u], 1)), polar(torch.cat([right, vh.mT], 1))
+        spectrum = torch.cat([spectrum, s])
+    return (left * spectrum) @ right.mT
+
+
+@merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums")
+def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None) -> Tensor:
+    """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. See above."""
+    sums = Sums.empty(*core.cores[0].shape)
+    for frames in core.frames():
+        sums = sums.add(frames, power, cap)
+    return sums.left @ sums.core() @ sums.right.mT
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """The three sums of one module, in frames that hold the directions seen so far.
+
+    left (m, p) and right (n, q) have orthonormal columns; S (p, q), L (p, p), R (q, q) are float64.
+    """
+
+    left: Tensor
+    right: Tensor
+    S: Tensor
+    L: Tensor
+    R: Tensor
+
+    def __post_init__(self):
+        p, q = self.left.shape[1], self.right.shape[1]
+        if (self.S.shape, self.L.shape, self.R.shape) != ((p, q), (p, p), (q, q)):
+            found = [tuple(x.shape) for x in (self.S, self.L, self.R)]
+            raise ValueError(f"expected S {(p, q)}, L {(p, p)} and R {(q, q)}, got {found}")
+        for name in ("left", "right", "S", "L", "R"):  # one layout: products of a state from a file round alike
+            object.__setattr__(self, name, getattr(self, name).contiguous())
+
+    @classmethod
+    def empty(cls, m: int, n: int) -> "Sums":
+        zeros = lambda a, b: torch.zeros(a, b, dtype=torch.float64)  # noqa: E731
+        return cls(zeros(m, 0), zeros(n, 0), zeros(0, 0), zeros(0, 0), zeros(0, 0))
+
+    def add(self, svd: SVD, power: float = 0.0, cap: int | None = None) -> "Sums":
+        """With one more update, given as U (m, r), σ (r,), Vᵀ (r, n).
+
+        The frames keep at most `cap` directions, the leading ones of L^{-1/2} S R^{-1/2}. Without a cap the
+        result does not depend on the order of additions.
+        """
+        u, s, vh, share = _shares(svd, power)
+        left, a, b = _extend(self.left, u)
+        right, c, d = _extend(self.right, vh.mT)
+        grown = Sums(
+            left, right,
+            a @ self.S @ c.mT + (b * s) @ d.mT,
+            a @ self.L @ a.mT + (b * share) @ b.mT,
+            c @ self.R @ c.mT + (d * share) @ d.mT,
+        )  # fmt: skip
+        if cap is None or max(grown.S.shape) <= cap:
+            return grown
+        p, _, qh = torch.linalg.svd(grown.core(), full_matrices=False)
+        p, q = p[:, :cap], qh[:cap].mT
+        return Sums(left @ p, right @ q, p.mT @ grown.S @ q, p.mT @ grown.L @ p, q.mT @ grown.R @ q)
+
+    def subtract(self, svd: SVD, power: float = 0.0) -> "Sums":
+        """Without an update that `add` took in before and no cap has cut since; directions only it had go."""
+        u, s, vh, share = _shares(svd, power)
+        b, d = self.left.mT @ u, self.right.mT @ vh.mT
+        L, R = self.L - (b * share) @ b.mT, self.R - (d * share) @ d.mT
+        p, q = _range(L, self.L), _range(R, self.R)
+        S = p.mT @ (self.S - (b * s) @ d.mT) @ q
+        return Sums(self.left @ p, self.right @ q, S, p.mT @ L @ p, q.mT @ R @ q)
+
+    def core(self) -> Tensor:
+        """L^{-1/2} S R^{-1/2} in the frames, (p, q)."""
+        return inverse_root(self.L) @ self.S @ inverse_root(self.R)
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    """x^{-1/2} of a positive semidefinite matrix, zero where x is."""
+    values, vectors = torch.linalg.eigh(x)
+    keep = values > TINY * values[-1:]
+    vectors = vectors[:, keep]
+    return (vectors * values[keep].rsqrt()) @ vectors.mT
+
+
+def _shares(svd: SVD, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, σ and Vᵀ in float64, and the weights (σ/‖σ‖)^power of their directions in L and R."""
+    u, s, vh = (x.to("cpu", torch.float64) for x in svd)  # where the sums are
+    relative = s / s[:1]  # the square of a tiny norm is zero
+    return u, s, vh, (relative / relative.norm()) ** power
+
+
+def _range(x: Tensor, before: Tensor) -> Tensor:
+    """Orthonormal columns that span the range of `x`, for `x` left over from a larger `before`."""
+    values, vectors = torch.linalg.eigh(x)
+    size = torch.linalg.eigvalsh(before)[-1:]
+    return vectors[:, values > ROUNDING * size]
+
+
+def _extend(frame: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An orthonormal frame of both spans, and the coordinates of `frame` and of `new` in it."""
+    rest = new - frame @ (frame.mT @ new)
+    rest = rest - frame @ (frame.mT @ rest)  # twice is enough
+    u, s, _ = torch.linalg.svd(rest, full_matrices=False)
+    both = torch.cat([frame, u[:, s > TINY]], 1)
+    return both, both.mT @ frame, both.mT @ new

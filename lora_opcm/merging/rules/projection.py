@@ -1,0 +1,92 @@
+"""OPCM, orthogonal-projection continual merging.
+
+Source: Tang et al., "Merging Models on the Fly Without Retraining", arXiv 2501.09522, equations 5 to 9, and
+the code released with it (FusionBench). The two do not project alike; `variant` says which reading is meant.
+
+The projection does not see the scale of the merged update M, so λ never compounds: M is the plain sum
+S = Σ P_t(Δ_t) times one final scale, the mean norm of the adapters over ‖S‖.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...numerics import nonzero_svd
+from ...values import Share, Variant, expect
+from ..core import Core
+from ..method import merge_method
+
+
+@merge_method(
+    "opcm",
+    source="Tang et al., arXiv 2501.09522",
+    keeps="one sum",
+    ordered=True,
+    scale="norm",
+)
+def opcm(core: Core, alpha: Share = 0.5, variant: Variant = "paper") -> Tensor:
+    """One adapter at a time: a sum of updates, each projected off what is there already."""
+    return projected_sum(core, alpha, variant)
+
+
+def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
+    """How many leading directions of the merged update are protected, from its singular values `s`.
+
+    `paper`: the smallest k whose leading values hold at least α of the nuclear norm (0 for α = 0, all for
+    α = 1). `fusionbench`: the count of leading values whose cumulative share does not exceed α; it is one
+    less wherever the share is not met exactly. (The released code returns 0 at α = 1, where its search for a
+    larger share finds none; we return all.)
+
+    `s` is descending, shape=[r]. Raises ValueError for an α outside [0, 1] or another variant.
+    """
+    expect(Share, alpha=alpha)
+    expect(Variant, variant=variant)
+    if alpha == 0 or not len(s):
+        return 0
+    share = s.cumsum(0) / s.sum()
+    if variant == "fusionbench":
+        return int((share <= alpha + 1e-12).sum())
+    return min(int((share < alpha - 1e-12).sum()) + 1, len(s))
+
+
+def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) -> Tensor:
+    """P(Δ): what of `delta` (p, q) a merged update lets in, in any coordinates the two share.
+
+    `merged` may be the leading block outside which it is zero.
+
+    With merged = UΣVᵀ and k = `cut`: `paper` keeps only the part with both indices beyond k,
+    (I − U_kU_kᵀ) Δ (I − V_kV_kᵀ); `fusionbench` clears the k×k block U_k(U_kᵀΔV_k)V_kᵀ. Both clear the
+    diagonal ⟨Δ, u_i v_iᵀ⟩ too, but only on numerically nonzero σ_i: beyond them a full SVD pads U and V with
+    an arbitrary basis, and clearing there would make the result depend on the LAPACK build. `dtype` is that of
+    the factors `merged` came from: it says what is zero.
+
+    Raises
+    ------
+    ValueError
+        As `cut`.
+    """
+    expect(Share, alpha=alpha)
+    expect(Variant, variant=variant)
+    u, s, vh = nonzero_svd(merged, dtype)
+    u = F.pad(u, (0, 0, 0, delta.shape[0] - u.shape[0]))
+    vh = F.pad(vh, (0, delta.shape[1] - vh.shape[1]))
+    k = cut(s, alpha, variant)
+    if variant == "paper":
+        delta = delta - u[:, :k] @ (u[:, :k].mT @ delta)
+        delta = delta - (delta @ vh[:k].mT) @ vh[:k]
+        diagonal = ((u[:, k:].mT @ delta) * vh[k:]).sum(1)  # ⟨Δ, u_i v_iᵀ⟩ for i > k
+        return delta - (u[:, k:] * diagonal) @ vh[k:]
+    block = u.mT @ delta @ vh.mT
+    overlap = block.diagonal().diag()
+    overlap[:k, :k] = block[:k, :k]
+    return delta - u @ overlap @ vh
+
+
+def projected_sum(core: Core, alpha: float, variant: str) -> Tensor:
+    """S = Σ P_t(Cₜ) of one module, all adapters at hand; (p, q). At step t only the live part is touched."""
+    cores = core.cores
+    total = cores[0].clone()
+    for t in range(1, len(cores)):
+        p, q = core.live(t + 1)
+        merged = total[: core.live(t)[0], : core.live(t)[1]]
+        total[:p, :q] += project(cores[t][:p, :q], merged, alpha, variant, core.dtype)
+    return total

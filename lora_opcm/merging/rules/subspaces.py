@@ -1,0 +1,85 @@
+"""Means of subspaces, and the sum seen through them."""
+
+import torch
+from torch import Tensor
+
+from ... import geometry
+from ...values import Count, Density, Limit, Rule
+from ..core import Core
+from ..method import merge_method
+from .entries import canonical, elect, trim
+from .frames import polar
+
+
+def onto(core: Core, left: Tensor, right: Tensor) -> Tensor:
+    """UUᵀ (Σ Cₜ) VVᵀ for frames U (p, k), V (q, k)."""
+    return left @ (left.mT @ core.total() @ right) @ right.mT
+
+
+def leading(core: Core, k: int | None, common: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+    """The thin SVDs of the cores that are not zero, and k, their largest rank unless given.
+
+    With `common` it is cut to the directions that all of them have.
+    """
+    frames = [f for f in core.frames() if len(f[1])]
+    ranks = [len(s) for _, s, _ in frames]
+    k = k or max(ranks, default=0)
+    return frames, min([k, *ranks]) if common else k
+
+
+@merge_method("chordal_mean", source="this package", keeps="three sums")
+def chordal_mean(core: Core, k: Limit = None) -> Tensor:
+    """The sum, seen through the chordal means of the output and of the input subspaces."""
+    frames, k = leading(core, k, common=False)
+    if not frames:
+        return torch.zeros_like(core.cores[0])
+    share = [1 / min(k, len(s)) for _, s, _ in frames]  # of mixed ranks, so that Σ φ is what is maximised
+    left = geometry.chordal_mean([u for u, _, _ in frames], weights=share, k=k)
+    return onto(core, left, geometry.chordal_mean([vh.mT for _, _, vh in frames], weights=share, k=k))
+
+
+@merge_method("karcher_mean", source="this package")
+def karcher_mean(core: Core, k: Limit = None) -> Tensor:
+    """As `chordal_mean`, with the means of squared geodesic distance; k directions of every task.
+
+    Iterates to a gradient of 1e-6 at most 100 times: subspaces of unrelated adapters are nearly orthogonal,
+    far outside the ball where the mean is unique, and the iteration then creeps.
+    """
+    frames, k = leading(core, k, common=True)
+    if not frames:
+        return torch.zeros_like(core.cores[0])
+    left = geometry.karcher_mean([u[:, :k] for u, _, _ in frames], tol=1e-6, max_iter=100)
+    right = geometry.karcher_mean([vh[:k].mT for _, _, vh in frames], tol=1e-6, max_iter=100)
+    return onto(core, left, right)
+
+
+@merge_method("quotient_mean", source="after GeoMerge, arXiv 2604.27155")
+def quotient_mean(core: Core, k: Limit = None, steps: Count = 50) -> Tensor:
+    """Fréchet mean of balanced factors [U√Σ; V√Σ] modulo O(k): align all to the mean, average, repeat."""
+    frames, k = leading(core, k, common=True)
+    if not frames:
+        return torch.zeros_like(core.cores[0])
+    p = core.cores[0].shape[0]
+    points = [torch.cat([u[:, :k], vh[:k].mT]) * s[:k].sqrt() for u, s, vh in frames]
+    # A start that does not depend on the order of the adapters: the balanced factors of their plain mean.
+    u, s, vh = torch.linalg.svd(core.total() / len(core.factors), full_matrices=False)
+    mean = torch.cat([u[:, :k], vh[:k].mT]) * s[:k].sqrt()
+    for _ in range(steps):
+        new = sum(x @ polar(x.mT @ mean) for x in points) / len(core.factors)
+        moved = float((new - mean).norm() / new.norm())
+        mean = new
+        if moved < 1e-12:
+            break
+    return mean[:p] @ mean[p:].mT
+
+
+@merge_method("ctm", source="Compress then Merge, arXiv 2606.03723")
+def ctm(
+    core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5
+) -> Tensor:
+    """Compress, then merge: shared k-dimensional subspaces of most energy, then a rule on k×k coordinates."""
+    k = k or max(f.rank for f in core.factors)
+    left, parts, right = canonical(core)
+    left, parts, right = left[:, :k], [c[:k, :k] for c in parts], right[:, :k]
+    merged = sum(parts) if rule == "sum" else elect([trim(c, density) for c in parts])
+    return left @ merged @ right.mT

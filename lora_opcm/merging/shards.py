@@ -1,0 +1,143 @@
+"""Merging by shards of modules, in processes or on machines that share nothing, to the bytes of one process.
+
+    merge_shard(["a", "b"], "part0.safetensors", (0, 3), "opcm", rank=16)     three times, anywhere
+    adapter, call, inputs = join(["part0.safetensors", "part1.safetensors", "part2.safetensors"])
+
+A merge treats its modules one by one, with random masks seeded by their names; all that ties them together is one
+factor of the whole adapter (`Part.finish`). So a process reads the tensors of its own modules only, and writes
+what it merged before that factor, with the squared norms the factor is made of; `join` adds those up exactly
+rounded. The same bytes need the same numerics: one version of torch, one kind of CPU.
+"""
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from ..files import Adapter, AdapterError, load_adapter
+from ..files.bundle import damaged, load_bundle, save_bundle
+from ..lowrank import LowRank
+from .merge import Part, merge_part
+
+
+class Shard(msgspec.Struct):
+    """What a file of `merge_shard` says beside its tensors."""
+
+    shard: tuple[int, int]
+    call: dict[str, Any]
+    inputs: list[tuple[str, str]]
+    modules: list[str]
+    dropped: dict[str, float]
+    sizes: dict[str, list[list[float]]]
+    scale: float | str
+
+
+def belongs(name: str, shard: tuple[int, int]) -> bool:
+    """Whether a module is of shard (index, count): by a hash of its name, so nobody needs a list of all."""
+    return zlib.crc32(name.encode()) % shard[1] == shard[0]
+
+
+def merge_shard(
+    adapters: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    shard: tuple[int, int],
+    method: str = "opcm",
+    *,
+    inputs: Sequence[tuple[str, str]] = (),
+    **call,
+) -> Path:
+    """Merge the modules of shard (index, count), 0 ≤ index < count; `call` is as for `merge`.
+
+    `inputs` are names and ids of the adapters, which `join` hands on for a recipe.
+
+    Writes a state file: merged factors in float32 (64), full tensors of `modules_to_save` whose names fall into
+    the shard, and what else `join` needs in its header. Only tensors of the shard are read.
+
+    Raises
+    ------
+    ValueError
+        As `merge` and `load_adapter` do, and for a shard that is none.
+    """
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"expected a shard (index, count) with 0 ≤ index < count, got {shard}")
+    part = merge_part(
+        [load_adapter(path, only=lambda name: belongs(name, shard)) for path in adapters], method, **call
+    )
+    said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
+    content = Shard(
+        shard=shard,
+        call={k: str(v).removeprefix("torch.") if k == "dtype" else v for k, v in said.items()},
+        inputs=list(inputs),
+        modules=list(part.adapter),
+        dropped=part.adapter.dropped,
+        sizes=part.sizes,
+        scale=part.scale,
+    )
+    tensors = {f"left/{name}": u.left for name, u in part.adapter.items()}
+    tensors |= {f"right/{name}": u.right for name, u in part.adapter.items()}
+    return save_bundle(output, "shard", part.adapter, content, tensors)
+
+
+def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, list[tuple[str, str]]]:
+    """All shards of a merge, in any order, as one adapter: the bytes `merge` would have given.
+
+    Returns
+    -------
+    adapter : Adapter
+    call : dict
+        The arguments of the merge, for a recipe.
+    inputs : list of (name, id)
+        As given to `merge_shard`.
+
+    Raises
+    ------
+    AdapterError
+        If a file is no shard, shards are missing or come twice, or they are of different merges.
+    """
+    found: dict[int, Part] = {}
+    expected = None
+    for path in paths:
+        said, tensors, like = load_bundle(path, "shard", Shard)
+        (index, count), call = said.shard, (said.shard[1], said.call, said.inputs)
+        expected = expected or call
+        if expected != call:
+            raise AdapterError(
+                f"{path}: expected one of {expected[0]} shards of {expected[1]}, got one of {count} of"
+                f" {said.call}" + " with other inputs" * (expected[2] != said.inputs)
+            )
+        if index in found:
+            raise AdapterError(f"{path}: shard {index} of {count} is given twice")
+        found[index] = _part(path, said, tensors, like)
+    if expected is None:
+        raise AdapterError("expected the shards of a merge, got none")
+    if missing := sorted(set(range(expected[0])) - set(found)):
+        raise AdapterError(f"expected {expected[0]} shards, got {len(found)}; missing: {missing}")
+    parts = [found[index] for index in sorted(found)]
+    # The list of target modules is gone from the config of a shard where it no longer holds.
+    like = next(
+        (p.adapter for p in parts if p.adapter.config.get("target_modules") is None), parts[0].adapter
+    )
+    fields = {
+        field: _united(getattr(p.adapter, field) for p in parts)
+        for field in ("modules", "kinds", "saved", "dropped")
+    }
+    whole = Part(replace(like, **fields), _united(p.sizes for p in parts), parts[0].scale)
+    return whole.finish(), expected[1], expected[2]
+
+
+def _united(dicts: Iterable[dict]) -> dict:
+    return {name: value for each in dicts for name, value in each.items()}
+
+
+def _part(path: str | os.PathLike, said: Shard, tensors: dict[str, Tensor], like: Adapter) -> Part:
+    try:
+        modules = {name: LowRank(tensors[f"left/{name}"], tensors[f"right/{name}"]) for name in said.modules}
+    except (LookupError, ValueError) as error:
+        raise damaged(path, error) from None
+    return Part(replace(like, modules=modules, dropped=said.dropped), said.sizes, said.scale)

@@ -1,0 +1,142 @@
+"""Precision: which directions are real, what rounding does, and products that no setting of torch can blur."""
+
+import threading
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .values import Energy, Limit, expect
+
+# Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
+# a direction that small is noise, and treating it as a direction is the null-space trap of design.
+RTOL = {torch.float64: 1e-12}
+RTOL_SINGLE = 1e-6
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything less works in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def half(x: Tensor) -> bool:
+    """Whether x is float16 or bfloat16."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of `x` without the directions that are rounding noise for factors of `dtype`."""
+    if dtype != torch.float64 and x.dtype == torch.float64 and 16 <= x.shape[0] <= x.shape[1]:
+        # Half the time of an SVD, and as good to 1e-8 where no singular value is below 1e-4 σ₁.
+        values, u = torch.linalg.eigh(x @ x.mT)
+        if values[0] > 1e-8 * values[-1]:
+            u, s = u.flip(1), values.flip(0).sqrt()
+            return u, s, (u / s).mT @ x
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = int((s > RTOL.get(dtype, RTOL_SINGLE) * s[:1]).sum())
+    return u[:, :k], s[:k], vh[:k]
+
+
+def keep_rank(s: Tensor, rank: int | None = None, energy: float | None = None) -> int:
+    """How many of the singular values `s` (descending) to keep: at most `rank`, and no more than `energy` asks.
+
+    Raises
+    ------
+    ValueError
+        If rank is no integer of at least 1, or energy outside (0, 1].
+    """
+    expect(Limit, rank=rank)
+    expect(Energy, energy=energy)
+    k = len(s)
+    if energy is not None and k:
+        share = s.double().square().cumsum(0)
+        k = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
+    return min(k, len(s), rank if rank is not None else k)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor Inf."""
+    # NaN and Inf survive a minimum and a maximum. One pass, no copy: copies of half precision, freed between
+    # small tensors that stay, leave holes in the heap as large as the file.
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def gram_matrix(x: Tensor, width: int = 64) -> Tensor:
+    """xᵀx in float64 on the CPU, shape=[..., R, R] for x [..., n, R]; only blocks on and above the diagonal.
+
+    Multiplied where x lies: half precision in float32, where its products are exact, all else in float64.
+    """
+    x = x.float() if half(x) else x.double()
+    gram = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64)
+    for i in range(0, x.shape[-1], width):
+        block = (x[..., i : i + width].mT @ x[..., i:]).to("cpu").double()
+        gram[..., i : i + width, i:], gram[..., i:, i : i + width] = block, block.mT
+    return gram
+
+
+def rounding(left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
+    """The largest ‖δΔW‖ that rounding the factors (m, r), (r, n) of ΔW to `dtype` can cause, to first order.
+
+    Rounding moves an entry x by at most u|x| + t, with u the unit roundoff of the dtype and t half its smallest
+    number; so ‖δB‖ ≤ u‖B‖ + t√(mr), and ‖δΔW‖ ≤ ‖δB‖‖A‖₂ + ‖B‖₂‖δA‖. In the balanced gauge that is at
+    most 2u·r^¼ of ‖ΔW‖ for rank r: the reason why a cut to a small rank is also stored more exactly.
+    """
+    info, sides = torch.finfo(dtype), (left.double(), right.double())
+    unit, smallest = info.eps / 2, info.smallest_normal * info.eps / 2
+    off = [unit * x.norm() + smallest * x.numel() ** 0.5 for x in sides]
+    grams = sides[0].mT @ sides[0], sides[1] @ sides[1].mT
+    sizes = [torch.linalg.eigvalsh(g)[-1].clamp_min(0).sqrt() if len(g) else 0.0 for g in grams]
+    return float(off[0] * sizes[1] + sizes[0] * off[1])
+
+
+# -- the settings of torch -----------------------------------------------------------------------------------
+
+_lock, _inside, _before = threading.RLock(), 0, ()
+
+
+@contextmanager
+def full_precision():
+    """Products of float32 matrices are float32 inside, whatever a training script allowed (TF32, bfloat16).
+
+    The settings are those of the whole process: the first of several threads saves them, the last restores them.
+    """
+    global _inside, _before
+    with _lock:
+        if not _inside:
+            _before = _highest()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _restore(*_before)
+
+
+def _backends() -> list:
+    """What holds a precision of its own, in torch 2.9 and later."""
+    found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    return [b for b in found if hasattr(b, "fp32_precision")]
+
+
+def _highest() -> tuple[str, list[str]]:
+    """Set full precision; what was set before, for `_restore`.
+
+    torch keeps an old setting and a new one, and refuses to say either where they disagree. The new one goes
+    first: with it at "ieee" the old one can be asked for, and both are moved, so that inside nothing disagrees.
+    """
+    new = [b.fp32_precision for b in _backends()]
+    for b in _backends():
+        b.fp32_precision = "ieee"
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    return old, new
+
+
+def _restore(old: str, new: list[str]) -> None:
+    torch.set_float32_matmul_precision(old)
+    for b, precision in zip(_backends(), new):
+        b.fp32_precision = precision

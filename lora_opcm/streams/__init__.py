@@ -1,0 +1,11 @@
+"""Continual merges: one adapter at a time, in a state that can be saved."""
+
+from .factors import FactorMerger
+from .opcm import ContinualMerger
+from .store import load_stream, streams
+from .stream import Member, State, Stream
+from .whitened_sum import SumMerger
+
+__all__ = [
+    "ContinualMerger", "FactorMerger", "Member", "State", "Stream", "SumMerger", "load_stream", "streams",
+]  # fmt: skip

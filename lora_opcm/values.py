@@ -1,0 +1,78 @@
+"""What an option may be: a type in an annotation, and a check that names the option, what came and what was expected.
+
+    def iso_cts(core: Core, common: Share = 0.8) -> Tensor: ...
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, get_args
+
+
+@dataclass(frozen=True)
+class Value:
+    """The part of an option's type that a checker of types cannot see."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _count(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 1
+
+
+def _norm(x: object) -> bool:
+    return isinstance(x, str) and re.fullmatch(r"(\d+(\.\d*)?|\.\d+)?norm", x) is not None
+
+
+def one_of(*words: str) -> Value:
+    return Value(" or ".join(map(repr, words)), lambda x: isinstance(x, str) and x in words)
+
+
+Share = Annotated[float, Value("a number in [0, 1]", lambda x: _number(x) and 0 <= x <= 1)]
+Density = Annotated[float, Value("a number in (0, 1]", lambda x: _number(x) and 0 < x <= 1)]
+Count = Annotated[int, Value("an integer of at least 1", _count)]
+Limit = Annotated[int | None, Value("None or an integer of at least 1", lambda x: x is None or _count(x))]
+Energy = Annotated[
+    float | None, Value("None or a number in (0, 1]", lambda x: x is None or _number(x) and 0 < x <= 1)
+]
+Seed = Annotated[int, Value("an integer", lambda x: isinstance(x, Integral) and not isinstance(x, bool))]
+Scale = Annotated[
+    float | str,
+    Value("a finite number, 'norm' or a multiple of it such as '2norm'", lambda x: _number(x) or _norm(x)),
+]
+Variant = Annotated[str, one_of("paper", "fusionbench")]
+Gauge = Annotated[str, one_of("given", "balanced")]
+Rule = Annotated[str, one_of("sum", "ties")]
+
+
+def value_of(annotation: object) -> Value | None:
+    """The `Value` of an annotated type."""
+    return next((x for x in get_args(annotation) if isinstance(x, Value)), None)
+
+
+def expect(annotation: object, **given: object) -> None:
+    """Raise a ValueError that names the first of `given` that is no value of this type."""
+    value = value_of(annotation)
+    for name, x in given.items():
+        if value and not value.fits(x):
+            raise ValueError(f"{name} must be {value.words}, got {x!r}")
+
+
+def expect_options(function: Callable, **given: object) -> None:
+    """`expect` of every option by the annotation it has among the parameters of `function`."""
+    parameters = inspect.signature(function).parameters
+    for name, x in given.items():
+        expect(parameters[name].annotation, **{name: x})
+
+
+def norms(scale: float | str) -> float | None:
+    """How many mean norms of its parts a merged adapter gets: 2 for "2norm"; None for a plain factor."""
+    return float(scale.removesuffix("norm") or 1) if isinstance(scale, str) else None
