@@ -72,9 +72,9 @@ SPACES = {
 def merge_module(method: Method, inside: Any, rank: int | None, energy: float | None, options: Mapping) -> Merged:
     """The merge of one module, entered into the method's space already."""
     cut = {"rank": rank, "energy": energy}
-    early = {name: cut[name] for name in method.cuts}  # by a rule that leaves no spectrum to cut by
+    early = {name: cut.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
     found = method.rule(inside, **options, **early)
-    merged = SPACES[method.space].leave(inside, found, **cut)
+    merged = SPACES[method.space].leave(inside, found, cut.get("rank"), cut.get("energy"))
     return merged._replace(update=merged.update.to("cpu"))
 
 

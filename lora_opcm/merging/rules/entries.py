@@ -92,7 +92,7 @@ def knots_ties(core: Core, density: Density = 0.5) -> tuple[Tensor, Tensor]:
 
     Returns UΣ (p, k) in the core and the merged V (n, k) outside it: it cannot be lifted by rotation.
     """
-    cores = core.cores
-    u, s, vh = nonzero_svd(torch.cat(cores, 1), core.dtype)
-    parts = [core.right @ block.mT for block in vh.split(cores[0].shape[1], dim=1)]
+    u, s, _ = nonzero_svd(torch.cat(core.cores, 1), core.dtype)
+    # The blocks of Vᵀ from U: of an update that is zero the SVD gives rounding, and every entry of it would vote.
+    parts = [core.right @ ((u / s).mT @ c).mT for c in core.cores]
     return u * s, elect([trim(v, density) for v in parts])
