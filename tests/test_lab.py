@@ -16,9 +16,10 @@ from peft import PeftModel
 import lora_opcm as lo
 from lora_opcm.adapters import Kind
 from lora_opcm.lab import AssetError, assets, load_hub_task, load_task, tasks
-from lora_opcm.lab.encoder import embed, head, load_base, pad, tokenise
-from lora_opcm.lab.evaluation import Evaluator, applied, summarise
-from lora_opcm.lab.results import save_results
+from lora_opcm.lab.attach import applied
+from lora_opcm.lab.bases.encoder import embed, head, load_base, pad, tokenise
+from lora_opcm.lab.evaluation import Evaluator, summarise
+from lora_opcm.lab.experiments.results import save_results
 from lora_opcm.lab.training import Protocol, save_adapter_half, train_adapter
 
 MANIFEST = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())

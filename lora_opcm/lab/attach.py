@@ -53,8 +53,8 @@ def applied(
     Raises
     ------
     ValueError
-        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model. If the
-        adapter has full tensors or convolutions, which only `attached` knows how to put in.
+        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model. If
+        the adapter has full tensors or convolutions, which only `attached` knows how to put in.
     """
     if adapter is None:
         yield model

@@ -16,7 +16,7 @@ from ..writing import replacing
 from .assets import cache_dir
 from .attach import applied
 from .bases import load
-from .encoder import MINILM
+from .bases.encoder import MINILM
 from .tasks import Task
 
 TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger ones are slower on a CPU
@@ -90,7 +90,7 @@ class Evaluator(Remembering):
     Raises
     ------
     ValueError
-        If the base is a causal language model, which `harness.Harness` evaluates.
+        If the base is a causal language model, which `experiments.harness.Harness` evaluates.
     """
 
     def __init__(
@@ -108,7 +108,8 @@ class Evaluator(Remembering):
         self.base = load(base)
         if self.base.family == "causal":
             raise ValueError(
-                f"{base}: a causal language model has no frozen head; evaluate it with harness.Harness"
+                f"{base}: a causal language model has no frozen head; evaluate it with"
+                " lab.experiments.harness.Harness"
             )
         self.model = self.base.model
         if torch.cuda.is_available():

@@ -18,10 +18,10 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from .. import LowRank, load_adapter, merge, save_adapter
-from ..adapters import Adapter
-from ..core import reduce
-from ..opcm import ContinualMerger, project, stream
+from ... import LowRank, load_adapter, merge, save_adapter
+from ...adapters import Adapter
+from ...core import reduce
+from ...opcm import ContinualMerger, project, stream
 
 app = typer.Typer(add_completion=False)
 
@@ -77,7 +77,8 @@ def module(size: int = 4096):
     gap = float((exact.delta() - dense_step()).norm() / exact.norm()) if size <= 1024 else float("nan")
     dense_seconds = step * (COUNT - 1)  # the seven steps cost the same; one is run
     emit({
-        "core, s": core_seconds, "dense, s (7 × one step)": dense_seconds, "times faster": dense_seconds / core_seconds,
+        "core, s": core_seconds, "dense, s (7 × one step)": dense_seconds,
+        "times faster": dense_seconds / core_seconds,
         "core peak, GB": core_peak, "dense peak, GB": peak(), "gap of one step": gap,
     })  # fmt: skip
 
@@ -85,7 +86,7 @@ def module(size: int = 4096):
 @app.command()
 def make(folder: Path):
     """Eight synthetic adapters with the shapes of Llama-2-7B, float16, in PEFT folders."""
-    from .shapes import build, linear_shapes
+    from ..bases.shapes import build, linear_shapes
 
     shapes = linear_shapes(build("Llama-2-7B"))
     for t in range(COUNT):
@@ -146,7 +147,7 @@ def growth(size: int = 4096, cap: int = 64):
 
 def run(part: str, *arguments: str) -> dict:
     """One part in a process of its own."""
-    command = [sys.executable, "-m", "lora_opcm.lab.bench", part, *arguments]
+    command = [sys.executable, "-m", "lora_opcm.lab.experiments.bench", part, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{part} failed:\n{done.stderr}")
