@@ -32,7 +32,10 @@ def evaluation_flops(model: PreTrainedModel, tokens: float) -> float:
 
 
 def gpu_hours(flops: float, peak: float = 312e12, used: float = 0.35) -> float:
-    """Hours on a device of `peak` operations a second (A100, bfloat16), of which a share `used` is reached."""
+    """Hours on a device of `peak` operations a second, a share `used` of which is reached.
+
+    The default is the peak of an A100 in bfloat16.
+    """
     return flops / (peak * used) / 3600
 
 
