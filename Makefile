@@ -21,7 +21,7 @@ help:  ## this list
 
 book: experiments  ## install, fetch the data, run the experiments, build the site
 	@$(MAKE) --no-print-directory _build/site/index.html
-	@echo; $(BIN)/python -c "import pandas as pd; from lora_opcm.lab.results import comparison; print(comparison(pd.read_csv('_build/quick/results/one_merge.csv')).to_string())"
+	@echo; $(BIN)/python -c "import pandas as pd; from lora_opcm.lab.experiments.results import comparison; print(comparison(pd.read_csv('_build/quick/results/one_merge.csv')).to_string())"
 	@echo; echo "The book: $(CURDIR)/_build/site/index.html"
 
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser
@@ -43,7 +43,7 @@ adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or wer
 	$(BIN)/python -m lora_opcm.lab.train data/adapters
 
 bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
-	$(BIN)/python -m lora_opcm.lab.bench
+	$(BIN)/python -m lora_opcm.lab.experiments.bench
 
 pdf: book  ## the book as one file, _build/book.pdf (needs chromium)
 	$(BIN)/python book/_ext/press.py pdf

@@ -30,7 +30,7 @@ RUNS = {  # a null takes a parameter of `every` away
 }
 OUT = f"_build/{PROFILE}"
 TASKS = ["ng-comp", "ng-rec", "ng-sci", "ng-politics", "ng-religion", "reuters-r8", "reuters-rare", "tweets"]
-PACKAGE = sorted(map(str, [*Path("lora_opcm").glob("*.py"), *Path("lora_opcm/lab").glob("*.py")]))
+PACKAGE = sorted(map(str, Path("lora_opcm").rglob("*.py")))
 
 
 def parameters(name):
@@ -97,10 +97,10 @@ rule all:
 
 
 rule tiny:
-    input: local("lora_opcm/lab/tiny.py")
+    input: local("lora_opcm/lab/bases/tiny.py")
     output: directory("_build/rehearsal/tiny")
     log: "_build/logs/tiny.log"
-    shell: "{sys.executable} -m lora_opcm.lab.tiny {output} > {log} 2>&1"
+    shell: "{sys.executable} -m lora_opcm.lab.bases.tiny {output} > {log} 2>&1"
 
 
 rule adapter:

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_opcm.files import disk as module
 from lora_opcm.files import (
     Adapter,
     AdapterError,
@@ -33,6 +32,7 @@ from lora_opcm.files import (
     renamed,
     save_adapter,
 )
+from lora_opcm.files import disk as module
 from lora_opcm.files.format import Stored
 from lora_opcm.lowrank import LowRank, add
 

@@ -19,12 +19,16 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 
 import lora_opcm as lo
-from lora_opcm.lab import AssetError, causal, load_named, trials
+from lora_opcm.lab import AssetError
 from lora_opcm.lab.attach import applied, attached, fitted
-from lora_opcm.lab.bases import family, load
+from lora_opcm.lab.bases import causal, family, load
+from lora_opcm.lab.bases.tiny import tiny as make
 from lora_opcm.lab.evaluation import Evaluator
-from lora_opcm.lab.hub import GLUE, VISION, load_vision_task
-from lora_opcm.lab.tiny import tiny as make
+from lora_opcm.lab.experiments import adapters
+from lora_opcm.lab.tasks import load_named, load_prompts, load_vision_task
+from lora_opcm.lab.tasks.hub import GLUE
+from lora_opcm.lab.tasks.prompts import PROMPTED
+from lora_opcm.lab.tasks.vision import VISION
 from lora_opcm.lab.training import Protocol, last_checkpoint, train_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +145,7 @@ def write_knots(folder: Path, layers: int, width: int) -> Path:
 def test_published_vision_adapters_load_as_they_are(tiny, clip, tmp_path, monkeypatch):
     for task in ("mnist", "dtd"):
         write_knots(tmp_path / f"lora_R16_{task}", 2, 32)
-    found = trials.collected(f"{tmp_path}/lora_R16_{{task}}", ["mnist", "dtd"])
+    found = adapters.collected(f"{tmp_path}/lora_R16_{{task}}", ["mnist", "dtd"])
     names = set(fitted(clip.model, found["dtd"]).modules)
     assert "vision_model.encoder.layers.1.self_attn.out_proj" in names and len(names) == 8
     batch = {"pixel_values": torch.randn(3, 3, 16, 16)}
@@ -154,12 +158,12 @@ def test_published_vision_adapters_load_as_they_are(tiny, clip, tmp_path, monkey
     # a name that is no folder is a repository of the hub
     asked = []
     monkeypatch.setattr(
-        trials, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "lora_R16_dtd")
+        adapters, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "lora_R16_dtd")
     )
-    assert trials.collected({"dtd": "lab/dtd"}, ["dtd"])["dtd"].norm() == found["dtd"].norm()
+    assert adapters.collected({"dtd": "lab/dtd"}, ["dtd"])["dtd"].norm() == found["dtd"].norm()
     assert asked == ["lab/dtd"]
     with pytest.raises(lo.AdapterError, match="no adapter for 'sun397'"):
-        trials.collected({"dtd": "lab/dtd"}, ["sun397"])
+        adapters.collected({"dtd": "lab/dtd"}, ["sun397"])
 
 
 def test_attached_answers_as_added_and_leaves_nothing_behind(tiny):
@@ -241,7 +245,7 @@ def test_a_vision_task_that_does_not_fit_is_refused(tiny, tmp_path):
 
 def test_the_loss_is_on_the_completion_alone(tiny):
     base = load(str(tiny / "tiny-llama"))
-    task = causal.load_prompts("gsm8k", str(tiny / "data"))
+    task = load_prompts("gsm8k", str(tiny / "data"))
     features = base.encode(task, "validation", 3)
     batch = base.collate(features)
     for i in range(3):
@@ -257,7 +261,7 @@ def test_the_loss_is_on_the_completion_alone(tiny):
 def test_a_long_prompt_loses_its_beginning(tiny, monkeypatch):
     monkeypatch.setattr(causal, "MAX_LENGTH", 20)
     base = load(str(tiny / "tiny-llama"))
-    task = causal.load_prompts("squad", str(tiny / "data"))
+    task = load_prompts("squad", str(tiny / "data"))
     (ids, asked), *_ = base.encode(task, "train", 1)
     assert len(ids) == 20 and 0 < asked < 20
     whole = base.tokenizer(task["train"]["prompt"][0])["input_ids"]
@@ -268,12 +272,12 @@ def test_the_harness_marks_real_tasks_on_local_data(tiny, tmp_path):
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
-    from lora_opcm.lab.harness import Harness
+    from lora_opcm.lab.experiments.harness import Harness
 
     known = set(TaskManager().all_tasks)
-    assert {r.harness for r in causal.PROMPTED.values() if r.harness} <= known
+    assert {r.harness for r in PROMPTED.values() if r.harness} <= known
     names = ["squad", "xsum", "gsm8k", "wmt16"]
-    data = [causal.load_prompts(name, str(tiny / "data")) for name in names]
+    data = [load_prompts(name, str(tiny / "data")) for name in names]
     test = Harness(data, str(tiny / "tiny-llama"), limit=3)
     test.memory = tmp_path
     adapter = random_adapter(test.base.model, test.base.targets)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from factories import adapter
-from lora_opcm.adapters import Kind
 from peft import PeftModel
 
 import lora_opcm as lo
+from lora_opcm.files import Kind
 from lora_opcm.lab import AssetError, assets, load_hub_task, load_task, tasks
-from lora_opcm.lab.encoder import embed, head, load_base, pad, tokenise
-from lora_opcm.lab.evaluation import Evaluator, applied, summarise
-from lora_opcm.lab.results import save_results
+from lora_opcm.lab.attach import applied
+from lora_opcm.lab.bases.encoder import embed, head, load_base, pad, tokenise
+from lora_opcm.lab.evaluation import Evaluator, summarise
+from lora_opcm.lab.experiments.results import save_results
 from lora_opcm.lab.training import Protocol, save_adapter_half, train_adapter
 
 MANIFEST = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())
@@ -185,7 +186,7 @@ def test_results_and_adapters_are_written_whole_or_not_at_all(tmp_path, monkeypa
     def full_disk(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_opcm.writing.os.replace", full_disk)
+    monkeypatch.setattr("lora_opcm.files.write.os.replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_results(pd.DataFrame({"value": [2.0]}), tmp_path, "table", seed=0)
     with pytest.raises(OSError, match="no space"):

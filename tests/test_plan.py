@@ -82,7 +82,7 @@ def test_plans_know_the_registry_and_refuse_what_it_does_not():
     ],
 )  # fmt: skip
 def test_models_on_the_meta_device_have_their_published_sizes(name, total, active, modules):
-    from lora_opcm.lab import shapes
+    from lora_opcm.lab.bases import shapes
 
     model = shapes.build(name)
     assert {p.device.type for p in model.parameters()} == {"meta"}
@@ -92,7 +92,7 @@ def test_models_on_the_meta_device_have_their_published_sizes(name, total, activ
 
 
 def test_minilm_on_meta_has_the_modules_of_the_shipped_adapters(shipped):
-    from lora_opcm.lab import shapes
+    from lora_opcm.lab.bases import shapes
 
     assert shapes.linear_shapes(shapes.build("MiniLM")) == {n: u.shape for n, u in shipped[0].modules.items()}
 

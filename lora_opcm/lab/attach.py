@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from ..adapters import Adapter
+from ..files import Adapter, save_adapter
 from ..lowrank import LowRank
-from ..writing import save_adapter
 
 
 def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
@@ -53,8 +52,8 @@ def applied(
     Raises
     ------
     ValueError
-        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model. If the
-        adapter has full tensors or convolutions, which only `attached` knows how to put in.
+        If the model lacks a module of the adapter, or a weight has another shape: the wrong base model. If
+        the adapter has full tensors or convolutions, which only `attached` knows how to put in.
     """
     if adapter is None:
         yield model

@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
-from ..adapters import Adapter
-from ..writing import replacing
+from ..files import Adapter
+from ..files.disk import replacing
 from .assets import cache_dir
 from .attach import applied
 from .bases import load
-from .encoder import MINILM
+from .bases.encoder import MINILM
 from .tasks import Task
 
 TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger ones are slower on a CPU
@@ -37,11 +37,6 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def content(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The numbers of an adapter by module, in an order and a form that hash alike in every process."""
-    return {n: (_array(u.left), _array(u.right)) for n, u in sorted(adapter.modules.items())}
-
-
 class Remembering:
     """Answers `correct` from disk where the same was asked before; `_correct` finds out what is new."""
 
@@ -59,7 +54,7 @@ class Remembering:
         names = list(tasks or self.tasks)
         if self.memory is None:
             return self._correct(adapter, names, progress)
-        known = joblib.hash([content(adapter) if adapter else None, self.fast])
+        known = joblib.hash([None if adapter is None else adapter.id, self.fast])
         files = {n: self.memory / f"{joblib.hash([known, *self._content(n)])}.npy" for n in names}
         new = [n for n in names if not files[n].exists()]
         for n, found in (self._correct(adapter, new, progress) if new else {}).items():
@@ -90,7 +85,7 @@ class Evaluator(Remembering):
     Raises
     ------
     ValueError
-        If the base is a causal language model, which `harness.Harness` evaluates.
+        If the base is a causal language model, which `experiments.harness.Harness` evaluates.
     """
 
     def __init__(
@@ -108,7 +103,8 @@ class Evaluator(Remembering):
         self.base = load(base)
         if self.base.family == "causal":
             raise ValueError(
-                f"{base}: a causal language model has no frozen head; evaluate it with harness.Harness"
+                f"{base}: a causal language model has no frozen head; evaluate it with"
+                " lab.experiments.harness.Harness"
             )
         self.model = self.base.model
         if torch.cuda.is_available():

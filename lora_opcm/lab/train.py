@@ -1,6 +1,6 @@
 """`python -m lora_opcm.lab.train FOLDER`: train the adapters of one base and seed that are not there yet.
 
-`accelerate launch --config_file profiles/accelerate/many.yaml -m lora_opcm.lab.train …` does it on many devices.
+On many devices: `accelerate launch --config_file profiles/accelerate/many.yaml -m lora_opcm.lab.train …`.
 """
 
 import json
@@ -13,15 +13,13 @@ from typing import Annotated
 import typer
 from filelock import FileLock
 
-from ..adapters import AdapterError, load_adapter
-from ..writing import write_text
+from ..files import AdapterError, load_adapter
+from ..files.disk import write_text
 from .assets import AssetError, cache_dir
 from .bases import family, slug
-from .causal import load_prompts
-from .encoder import MINILM
+from .bases.encoder import MINILM
 from .evaluation import Evaluator
-from .hub import load_named
-from .tasks import tasks
+from .tasks import load_named, load_prompts, tasks
 from .training import (
     DEFAULTS,
     PUBLIC_NAME,

@@ -1,7 +1,7 @@
 """Training one LoRA on one task, with peft and transformers' Trainer.
 
-The Trainer is Accelerate underneath: `accelerate launch` runs the same lines on one GPU, many, or with the base
-sharded (profiles/accelerate). The batch size of a protocol is that of all processes together.
+The Trainer is Accelerate underneath: `accelerate launch` runs the same lines on one GPU, many, or with the
+base sharded (profiles/accelerate). The batch size of a protocol is that of all processes together.
 """
 
 import hashlib
@@ -20,18 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
-from ..writing import replacing, write_text
+from ..files.disk import replacing, write_text
 from .bases import load
-from .causal import LLAMA_LINEAR, Causal, Prompts
-from .encoder import BERT_LINEAR, MINILM, Encoder
-from .tasks import Task
-from .vision import CLIP_LINEAR, Clip
+from .bases.causal import LLAMA_LINEAR, Causal
+from .bases.encoder import BERT_LINEAR, MINILM, Encoder
+from .bases.vision import CLIP_LINEAR, Clip
+from .tasks import Prompts, Task
 
 # What differs between the families of `bases`; the rest of `Protocol` is shared.
 DEFAULTS = {
     "encoder": {},
-    "clip": {"target_modules": CLIP_LINEAR, "learning_rate": 3e-4, "batch_size": 128, "steps": 1000, "evaluate_every": 100},
-    "causal": {"target_modules": LLAMA_LINEAR, "learning_rate": 2e-4, "batch_size": 16, "steps": 500, "evaluate_every": 100},
+    "clip": {
+        "target_modules": CLIP_LINEAR, "learning_rate": 3e-4, "batch_size": 128, "steps": 1000,
+        "evaluate_every": 100,
+    },
+    "causal": {
+        "target_modules": LLAMA_LINEAR, "learning_rate": 2e-4, "batch_size": 16, "steps": 500,
+        "evaluate_every": 100,
+    },
 }  # fmt: skip
 
 
@@ -50,9 +56,8 @@ class Protocol:
     target_modules: str = BERT_LINEAR
     base: str = MINILM
     quantise: str = ""  # "8bit" or "4bit": the base of a causal model while it is tuned
-    device_batch: int = (
-        0  # examples a process takes at once; fewer than its share are accumulated. 0: its share
-    )
+    # Examples a process takes at once; fewer than its share are accumulated. 0: its share.
+    device_batch: int = 0
 
     def start(self, task: str) -> int:
         """The random seed of one run: initial A, order of the texts.
@@ -97,7 +102,7 @@ def train_adapter(
     Raises
     ------
     ValueError
-        If the batch size cannot be shared among the processes, or the task is of another family than the base.
+        If the processes cannot share the batch size, or the task is of another family than the base.
     """
     folder = Path(folder)
     start = protocol.start(task.name)
@@ -109,10 +114,8 @@ def train_adapter(
         )
     options = {}
     if base.family != "causal":
-        options = {
-            "base": base,
-            "head": base.head(task).clone(),
-        }  # clone: inference tensors cannot enter autograd
+        # A clone, because inference tensors cannot enter autograd.
+        options = {"base": base, "head": base.head(task).clone()}
     if protocol.quantise:
         base.model = prepare_model_for_kbit_training(base.model)
     config = LoraConfig(
@@ -162,7 +165,8 @@ def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> Tra
     at_once = min(protocol.device_batch or share, share)
     if share * count != protocol.batch_size or share % at_once:
         raise ValueError(
-            f"a batch of {protocol.batch_size} cannot be shared by {count} processes, {at_once} examples at once"
+            f"a batch of {protocol.batch_size} cannot be shared by {count} processes,"
+            f" {at_once} examples at once"
         )
     cuda = torch.cuda.is_available()
     return TrainingArguments(
@@ -248,9 +252,8 @@ def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: s
     tensors = {name: t.half() for name, t in load_file(source / "adapter_model.safetensors").items()}
     config = json.loads((folder / "adapter_config.json").read_text())
     text = json.dumps(config | {"base_model_name_or_path": base}, indent=2)
-    with replacing(
-        folder / "adapter_model.safetensors"
-    ) as scratch:  # last: it says that the adapter is there
+    # The weights last: they say that the adapter is there.
+    with replacing(folder / "adapter_model.safetensors") as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})
         write_text(folder / "adapter_config.json", text)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours is data/README.md

@@ -8,7 +8,8 @@ from ..lowrank import LowRank
 from ..merging.core import Core
 from ..merging.rules.factors import sides
 from ..merging.rules.projection import project
-from ..values import Gauge, Scale, Share, norms as norms_of
+from ..values import Gauge, Scale, Share
+from ..values import norms as norms_of
 from .stream import State, Stream
 
 SIDES = ("left", "right")

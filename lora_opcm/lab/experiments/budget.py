@@ -1,12 +1,12 @@
 """What training and evaluating adapters costs, estimated from parameter counts: operations, hours, bytes.
 
-A matrix of N numbers costs a token 2N operations forward, 2N backward to the activations and 2N backward to its
-own numbers. A LoRA leaves the base frozen, so the last 2N fall away: 4N instead of 6N, and the adapter's own
-6N_LoRA on top. Recomputing activations to save memory adds another forward pass, 2N. Attention scores, 4Lsd a token
-for L layers of width d and s tokens, are left out: below 5 % for Llama-2-7B at 1,024 tokens.
+A matrix of N numbers costs a token 2N operations forward, 2N backward to the activations and 2N backward to
+its own numbers. A LoRA leaves the base frozen, so the last 2N fall away: 4N instead of 6N, and the adapter's
+own 6N_LoRA on top. Recomputing activations to save memory adds another forward pass, 2N. Attention scores,
+4Lsd a token for L layers of width d and s tokens, are left out: below 5 % for Llama-2-7B at 1,024 tokens.
 """
 
-from .shapes import PreTrainedModel, linear_shapes, parameters
+from ..bases.shapes import PreTrainedModel, linear_shapes, parameters
 
 FLOAT32, ADAM = 4, 2  # bytes of a number; moments an optimiser keeps of each
 BITS = {"bfloat16": 16.0, "8 bit": 8.0, "4 bit": 4.5}  # 4 bit: a float32 scale for every 64 numbers on top
@@ -32,7 +32,10 @@ def evaluation_flops(model: PreTrainedModel, tokens: float) -> float:
 
 
 def gpu_hours(flops: float, peak: float = 312e12, used: float = 0.35) -> float:
-    """Hours on a device of `peak` operations a second (an A100 in bfloat16), a share `used` of which is reached."""
+    """Hours on a device of `peak` operations a second, a share `used` of which is reached.
+
+    The default is the peak of an A100 in bfloat16.
+    """
     return flops / (peak * used) / 3600
 
 

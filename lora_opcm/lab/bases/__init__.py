@@ -17,7 +17,7 @@ Causal models have the loss of their completions instead, and are evaluated by l
 
 from transformers import AutoConfig
 
-from .assets import AssetError
+from ..assets import AssetError
 from .causal import Causal
 from .encoder import MINILM, Encoder
 from .vision import Clip
@@ -45,7 +45,9 @@ def family(base: str) -> str:
 
 
 def load(base: str = MINILM, quantise: str = "") -> Encoder | Clip | Causal:
-    """The base model of that name, ready to be adapted; `quantise` is "", "8bit" or "4bit", causal models only.
+    """The base model of that name, ready to be adapted.
+
+    `quantise` is "", "8bit" or "4bit", the last two for causal models only.
 
     Raises
     ------

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from .. import __version__
-from ..data import results as published
-from ..writing import replacing
+from ... import __version__
+from ...files.disk import replacing
+from ...files.shipped import results as published
 
 
 def save_results(rows: pd.DataFrame, folder: Path | str, name: str, **run) -> Path:
-    """Write `rows` with the columns of `run` (profile, seed, …) and the package version to folder/name.csv."""
+    """Write `rows`, the columns of `run` (profile, seed, …) and the package version to folder/name.csv."""
     path = Path(folder, f"{name}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
@@ -20,7 +20,7 @@ def save_results(rows: pd.DataFrame, folder: Path | str, name: str, **run) -> Pa
 
 
 def beside(name: str, rows: pd.DataFrame | None, profile: str) -> pd.DataFrame | None:
-    """The table a page talks about: the published one in the quick profile, otherwise (or without one) `rows`."""
+    """The table a page talks about: in the quick profile the published one, if there is one, else `rows`."""
     if profile != "quick":
         return rows
     try:
@@ -32,7 +32,10 @@ def beside(name: str, rows: pd.DataFrame | None, profile: str) -> pd.DataFrame |
 def provenance(shown: pd.DataFrame, rows: pd.DataFrame, what: str) -> str:
     """One sentence for the page: whose numbers `beside` gave it."""
     if shown is rows:
-        return f"Tables and figures on this page are from this build's own run ({what}); no published run is shown beside it."
+        return (
+            f"Tables and figures on this page are from this build's own run ({what});"
+            " no published run is shown beside it."
+        )
     return "Tables and figures on this page are from the published run."
 
 
@@ -50,9 +53,9 @@ def comparison(rows: pd.DataFrame, metrics: Sequence[str] = ("accuracy", "recove
 
 
 def cell(name: str, metric: str, **where) -> str:
-    """One mean over tasks of a published table, in per cent with its 95 % interval, where columns are as given.
+    """One mean over tasks of a published table, in per cent with its 95 % interval.
 
-    "not run" where there is no such table, or no such row in it.
+    `where` says what columns hold in its row. "not run" where there is no such table, or no such row in it.
     """
     try:
         rows = published(name)

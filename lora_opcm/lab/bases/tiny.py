@@ -1,4 +1,4 @@
-"""`python -m lora_opcm.lab.tiny FOLDER`: a random checkpoint of each family and small data, to rehearse with.
+"""`python -m lora_opcm.lab.bases.tiny FOLDER`: random checkpoints and small data, to rehearse with.
 
 `FOLDER/tiny-bert`, `tiny-clip` and `tiny-llama` load with transformers as their big sisters do; `FOLDER/data`
 holds the rehearsed tasks as parquet files with the columns, types and splits of the hub. A few hundred kB in
@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from .hub import GLUE, VISION
+from ..tasks.hub import GLUE
+from ..tasks.vision import VISION
 
 WIDTH, LAYERS, HEADS, VOCABULARY, PIXELS = 32, 2, 2, 400, 16
 SIZE = {
@@ -72,7 +73,10 @@ def _leaves(value):
 def tokenizer(
     words: list[str], pad: str, begin: str, end: str, closed: bool = True, **roles: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `words`; puts `begin` before every text and, if `closed`, `end` after."""
+    """A byte-level BPE tokenizer trained on `words`.
+
+    It puts `begin` before every text and, if `closed`, `end` after.
+    """
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,8 +100,12 @@ def bert(folder: Path, words: list[str]) -> None:
     """A random BERT; without dropout, so that what it learns depends on the order of examples alone."""
     made = tokenizer(words, "[PAD]", "[CLS]", "[SEP]", cls_token="[CLS]", sep_token="[SEP]")
     config = BertConfig(
-        vocab_size=len(made), max_position_embeddings=80, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SIZE
-    )  # fmt: skip
+        vocab_size=len(made),
+        max_position_embeddings=80,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SIZE,
+    )
     BertModel(config).save_pretrained(folder)
     made.save_pretrained(folder)
 
@@ -124,9 +132,14 @@ def llama(folder: Path, words: list[str]) -> None:
     """A random Llama with room for the prompts of the harness."""
     made = tokenizer(words, "</s>", "<s>", "</s>", bos_token="<s>", eos_token="</s>", closed=False)
     config = LlamaConfig(
-        vocab_size=len(made), max_position_embeddings=1024, num_key_value_heads=1, bos_token_id=made.bos_token_id,
-        eos_token_id=made.eos_token_id, pad_token_id=made.pad_token_id, **SIZE,
-    )  # fmt: skip
+        vocab_size=len(made),
+        max_position_embeddings=1024,
+        num_key_value_heads=1,
+        bos_token_id=made.bos_token_id,
+        eos_token_id=made.eos_token_id,
+        pad_token_id=made.pad_token_id,
+        **SIZE,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     made.save_pretrained(folder)
 
@@ -175,7 +188,9 @@ def prompts() -> dict[str, dict[str, Dataset]]:
             "answers": {"text": ["by a river"], "answer_start": [len(f"Town {i} lies ")]},
         },
         "xsum": lambda i: {"document": f"It rained in town {i}.", "summary": "It rained.", "id": str(i)},
-        "cnn_dailymail": lambda i: {"article": f"The sun shone in town {i}.", "highlights": "The sun shone.", "id": str(i)},
+        "cnn_dailymail": lambda i: {
+            "article": f"The sun shone in town {i}.", "highlights": "The sun shone.", "id": str(i),
+        },
         "wmt16": lambda i: {"translation": {"ro": f"casa {i}", "en": "a house"}},
         "gsm8k": lambda i: {"question": f"What is {i} - {i} + 12?", "answer": "#### 12"},
     }  # fmt: skip

@@ -65,7 +65,7 @@ def experts(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module → (outputs, inputs) of all that peft's "all-linear" adapts: linear layers without the output head.
+    """Module → (outputs, inputs) of all that peft's "all-linear" adapts: linear layers but the output head.
 
     Of a fused expert tensor every expert counts as a module of its own, "….experts.gate_up_proj.3"; gate and
     up projection stay one matrix of twice the outputs, as transformers stores them.

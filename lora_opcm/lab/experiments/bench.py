@@ -18,10 +18,11 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from .. import LowRank, load_adapter, merge, save_adapter
-from ..adapters import Adapter
-from ..core import reduce
-from ..opcm import ContinualMerger, project, stream
+from ... import LowRank, load_adapter, merge, save_adapter
+from ...files import Adapter
+from ...merging import Core
+from ...merging.rules import project, projected_sum
+from ...streams import ContinualMerger
 
 app = typer.Typer(add_completion=False)
 
@@ -59,7 +60,7 @@ def updates(m: int, n: int, count: int = COUNT, seed: int = 0) -> list[LowRank]:
 def module(size: int = 4096):
     """(a) OPCM of 8 adapters on one square module: core space against the dense algorithm."""
     parts = updates(size, size)
-    core_seconds = best(lambda: (lambda c: c.lift(stream(c, 0.5, "paper")))(reduce(parts)), 5)
+    core_seconds = best(lambda: (lambda c: c.lift(projected_sum(c, 0.5, "paper")))(Core.of(parts)), 5)
     core_peak = peak()
     merged, delta = parts[0].delta(), parts[1].delta()
 
@@ -72,12 +73,13 @@ def module(size: int = 4096):
         return merged + u @ p @ vh
 
     step = best(dense_step, 1)
-    core = reduce(parts)
+    core = Core.of(parts)
     exact = core.lift(core.cores[0] + project(core.cores[1], core.cores[0], 0.5, "paper", core.dtype))[0]
     gap = float((exact.delta() - dense_step()).norm() / exact.norm()) if size <= 1024 else float("nan")
     dense_seconds = step * (COUNT - 1)  # the seven steps cost the same; one is run
     emit({
-        "core, s": core_seconds, "dense, s (7 × one step)": dense_seconds, "times faster": dense_seconds / core_seconds,
+        "core, s": core_seconds, "dense, s (7 × one step)": dense_seconds,
+        "times faster": dense_seconds / core_seconds,
         "core peak, GB": core_peak, "dense peak, GB": peak(), "gap of one step": gap,
     })  # fmt: skip
 
@@ -85,7 +87,7 @@ def module(size: int = 4096):
 @app.command()
 def make(folder: Path):
     """Eight synthetic adapters with the shapes of Llama-2-7B, float16, in PEFT folders."""
-    from .shapes import build, linear_shapes
+    from ..bases.shapes import build, linear_shapes
 
     shapes = linear_shapes(build("Llama-2-7B"))
     for t in range(COUNT):
@@ -129,7 +131,7 @@ def growth(size: int = 4096, cap: int = 64):
     rows = {}
     for count in (2, 4, 8, 16, 32, 64):
         parts = updates(size, size, count)
-        joint = best(lambda parts=parts: (lambda c: c.lift(stream(c, 0.5, "paper")))(reduce(parts)), 1)
+        joint = best(lambda parts=parts: (lambda c: c.lift(projected_sum(c, 0.5, "paper")))(Core.of(parts)), 1)
         adapters = [Adapter({"w": u}) for u in parts]
         merger = ContinualMerger(alpha=0.5, rank=cap)
         for a in adapters[:-1]:
@@ -146,7 +148,7 @@ def growth(size: int = 4096, cap: int = 64):
 
 def run(part: str, *arguments: str) -> dict:
     """One part in a process of its own."""
-    command = [sys.executable, "-m", "lora_opcm.lab.bench", part, *arguments]
+    command = [sys.executable, "-m", "lora_opcm.lab.experiments.bench", part, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{part} failed:\n{done.stderr}")

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .assets import MODEL, AssetError, fetch
-from .tasks import Task
+from ..assets import MODEL, AssetError, fetch
+from ..tasks import Task
 
 MINILM = "minilm"  # the embedded default base
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -72,7 +72,7 @@ def load_base(base: str = MINILM) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each text, cut at `MAX_LENGTH`."""
-    # Every word gives a token or more; cutting long texts first spares the tokenizer most of a newsgroup post.
+    # Every word gives a token or more; cutting long texts first spares the tokenizer most of a long post.
     clipped = [" ".join(text.split()[: 2 * MAX_LENGTH]) for text in texts]
     return tokenizer(clipped, truncation=True, max_length=MAX_LENGTH)["input_ids"]
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import yaml
 
-from ..adapters import Adapter
-from .assets import AssetError, cache_dir
-from .attach import applied
-from .bases import load
-from .causal import Causal, Function, Prompts
-from .evaluation import Remembering
+from ...files import Adapter
+from ..assets import AssetError, cache_dir
+from ..attach import applied
+from ..bases import load
+from ..bases.causal import Causal
+from ..evaluation import Remembering
+from ..tasks.prompts import Function, Prompts
 
 
 class Harness(Remembering):
@@ -132,7 +133,7 @@ def _yaml(task: Prompts, manager) -> str:
 
 
 def _score(value, metric: str) -> float:
-    """One answer's metric in [0, 1]; for chrF, which the harness takes of the whole corpus, that of the sentence."""
+    """One answer's metric in [0, 1]; chrF, to the harness a metric of the whole corpus, by sentence here."""
     if metric == "chrf":
         from sacrebleu import sentence_chrf
 

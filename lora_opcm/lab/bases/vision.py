@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-from .assets import AssetError
-from .tasks import Task
+from ..assets import AssetError
+from ..tasks import Task
 
 # The four projections of attention, as the published ViT-B/32 adapters of KnOTS have it.
 CLIP_LINEAR = r"vision_model\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj"
@@ -35,12 +35,8 @@ class Images:
 class Clip:
     """A CLIP checkpoint as a base model; `bases` says what the methods are for."""
 
-    family, task_type, targets, workers = (
-        "clip",
-        None,
-        CLIP_LINEAR,
-        8,
-    )  # peft knows no task for image embeddings
+    family, targets, workers = "clip", CLIP_LINEAR, 8
+    task_type = None  # peft knows no task for image embeddings
 
     def __init__(self, name: str):
         self.name = name

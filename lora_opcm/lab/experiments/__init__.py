@@ -1,0 +1,1 @@
+"""What the experiments of the book share: adapters, comparisons, costs, results tables."""
