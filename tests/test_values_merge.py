@@ -214,6 +214,15 @@ def test_the_tolerance_is_twice_what_rounding_can_do(said, abc, tmp_path, dtype,
     exact = {n: cut(d, rank)[0] for n, d in whole.items()}
     assert found["distance"] == pytest.approx(gap(deltas_of(tmp_path / "m"), exact), rel=1e-3, abs=1e-9)
     assert found["distance"] <= found["tolerance"] / 2 and found["same"] and found["unchanged"]
+    # Factors of unlike size, as other tools write them: their sizes must be crossed in the bound.
+    tensors = tensors_of(tmp_path / "m")
+    for key, t in tensors.items():
+        gauge = 2.0 ** (torch.arange(rank) % 3 + 2)
+        tensors[key] = (t.double() * gauge if "lora_B" in key else t.double() / gauge[:, None]).to(t.dtype)
+    save_file(tensors, tmp_path / "m" / WEIGHTS)
+    found = json.loads(said("verify", "a", "b", "--against", "m", "--json").out)
+    expected = 2 * rounding(tmp_path / "m", unit, tiny) + 1e-5
+    assert found["tolerance"] == pytest.approx(expected, rel=2e-3) and not found["unchanged"]
 
 
 @pytest.mark.parametrize("amount, same", [(0.0, True), (2e-6, True), (4e-5, False), (0.5, False)])

@@ -47,7 +47,7 @@ def abc(tmp_path):
 # -- states --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha, cap", [(0.5, None), (0.2, 6), (1.0, 4)])
+@pytest.mark.parametrize("alpha, cap", [(0.5, None), (0.2, 6), (1.0, 4), (0.3, 2)])
 def test_history_is_that_of_dense_opcm(said, abc, tmp_path, alpha, cap):
     said("add", "s", "a", "--alpha", alpha, *(["--cap", cap] if cap else []))
     rows = json.loads(said("add", "s", "b", "c", "--json").out)
@@ -71,6 +71,7 @@ def test_a_module_that_comes_later_and_a_fixed_scale(said, tmp_path):
     total, expected = opcm_stream([one, two], 0.5)
     assert rows[1]["cleared"] == pytest.approx(expected[1]["cleared"]) and 0 < rows[1]["cleared"] < 1
     assert rows[1]["lambda"] == pytest.approx(norm(total) / ((norm(one) + norm(two)) / 2))
+    assert [row["rank"] for row in rows] == [3, 6] == [row["rank"] for row in expected]  # the largest
     said("export", "s", "-o", "m")
     assert gap(deltas_of(tmp_path / "m"), {n: 2.5 * d for n, d in total.items()}) < 1e-9
 
