@@ -71,10 +71,10 @@ def by_scale(size, task):
 
 def test_tune_takes_the_scale_that_is_best_on_average_over_tasks():
     validation = Known(["few", "many"], by_scale)
-    entry = Entry("OPCM", "opcm", {"alpha": 0.3})
-    options, scores = tune(entry, [sized(1.0)], validation)
+    entry = Entry("largest entry", "magnitude_prune", {"density": 1 / 64})  # leaves the 1 of 1 and 0.5
+    options, scores = tune(entry, [sized(1.0, 0.5)], validation)
     assert scores == pytest.approx({scale: (a / 4 + b / 20) / 2 for scale, (a, b) in RIGHT.items()})
-    assert options == {"alpha": 0.3, "scale": 0.3} and entry.options == {"alpha": 0.3}
+    assert options == {"density": 1 / 64, "scale": 0.3} and entry.options == {"density": 1 / 64}
     assert [size for size, _ in validation.asked] == list(GRID) == list(RIGHT)
 
 
