@@ -66,6 +66,32 @@ def coordinates(ds):
 # -- the rules, one module at a time -------------------------------------------------------------------------
 
 
+def mean(ds):
+    return sum(ds) / len(ds)
+
+
+def cat(ds, scale=1.0):
+    return scale * sum(ds)
+
+
+def largest_rank(ds, scale=1.0):
+    return cut(scale * sum(ds), max(len(svd(d)[1]) for d in ds))
+
+
+def ties(ds, density=0.2, scale=1.0):
+    return scale * elect([top(d, density) for d in ds])
+
+
+def magnitude_prune(ds, density=0.5, scale=1.0):
+    return scale * sum(top(d, density) for d in ds)
+
+
+def knots_ties(ds, density=0.5, scale=1.0):
+    """One output basis UΣ for all; TIES on the Vₜ, n × k, that belong to it."""
+    u, s, v = svd(torch.cat(ds, 1))
+    return scale * u @ s.diag() @ elect([top(x, density) for x in v.split(ds[0].shape[1])]).mT
+
+
 def tsv(ds, directions=None, scale=1.0):
     parts = [svd(d, directions) for d in ds]
     u, v = (torch.cat([p[i] for p in parts], 1) for i in (0, 2))
@@ -223,16 +249,9 @@ def each(rule):
 
 
 ONE_MODULE = [
-    tsv,
-    whitening,
-    iso_c,
-    iso_cts,
-    core_ties,
-    ctm,
-    whitened_sum,
-    chordal_mean,
-    karcher_mean,
-    quotient_mean,
-]
+    mean, cat, ties, magnitude_prune, knots_ties, tsv, whitening, iso_c, iso_cts, core_ties, ctm, whitened_sum,
+    chordal_mean, karcher_mean, quotient_mean,
+]  # fmt: skip
 RULES = {rule.__name__: each(rule) for rule in ONE_MODULE} | {"regmean": regmean, "opcm": opcm}
-RULES["core_dare_ties"] = RULES["core_ties"]  # at density 1; more below
+RULES |= {"task_arithmetic": RULES["cat"], "svd": each(largest_rank)}
+RULES["core_dare_ties"] = RULES["core_ties"]  # at density 1

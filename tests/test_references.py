@@ -83,6 +83,9 @@ GRAMS = [{name: x.mT @ x for name, x in one.items()} for one in INPUTS]
 
 
 CASES = [
+    ("mean", {}), ("cat", {}), ("task_arithmetic", {}), ("task_arithmetic", {"scale": -0.3}), ("svd", {"scale": 2}),
+    ("ties", {}), ("ties", {"density": 0.6, "scale": 2}), ("magnitude_prune", {"density": 0.3, "scale": 2}),
+    ("knots_ties", {"density": 0.3}), ("knots_ties", {"density": 0.6, "scale": 2}),
     ("tsv", {}), ("tsv", {"directions": 2, "scale": -1.5}),
     ("whitening", {"scale": 0.4}),
     ("iso_c", {"scale": 0.5}),
@@ -106,12 +109,19 @@ CASES = [
     ("opcm", {"scale": 0.3}), ("opcm", {"alpha": 0.75, "variant": "fusionbench", "scale": -2}),
 ]  # fmt: skip
 NEAR = {"karcher_mean", "quotient_mean"}
-SETTINGS = ["whole", "rank", "energy", "weights", "missing", "zero"]
+SETTINGS = [
+    *[(torch.float64, setting) for setting in ("whole", "rank", "energy", "weights", "missing", "zero")],
+    *[(torch.float32, setting) for setting in ("whole", "rank")],
+]
 
 
 def flat(method, options):
     """Whether the merged spectrum has equal values: its leading directions are then up to rounding."""
     return method in ("iso_c", "iso_cts") or options.get("power") == 1
+
+
+def setting_id(x):
+    return x if isinstance(x, str) else str(x).removeprefix("torch.")
 
 
 def options_id(x):
@@ -133,9 +143,9 @@ def changed(adapters, setting):
     return adapters, {"rank": {"rank": 2}, "energy": {"energy": 0.7}}.get(setting, {})
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dtype, setting", SETTINGS, ids=setting_id)
 @pytest.mark.parametrize("method, options", CASES, ids=options_id)
-def test_rules(method, options, setting, dtype):
+def test_rules(method, options, dtype, setting):
     adapters, common = changed((neighbours if method in NEAR else adapters_of)(dtype), setting)
     if common and flat(method, options):
         pytest.skip("no leading directions in a flat spectrum")
@@ -208,11 +218,11 @@ def test_quotient_mean_stops_after_its_steps():
         close(lo.merge(adapters, "quotient_mean", steps=steps), found, 1e-9)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dtype, setting", SETTINGS, ids=setting_id)
 @pytest.mark.parametrize(
     "gauge, alpha", [("given", 0.25), ("balanced", 0.25), ("balanced", 0.75), ("given", 1)]
 )
-def test_lora_opcm_is_opcm_on_either_factor(gauge, alpha, setting, dtype):
+def test_lora_opcm_is_opcm_on_either_factor(gauge, alpha, dtype, setting):
     adapters, common = changed(adapters_of(dtype, ranks=(3, 3, 3)), setting)
     weights = WEIGHTS if setting == "weights" else [1, 1, 1]
     lefts, rights = {}, {}
