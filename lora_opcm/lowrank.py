@@ -37,9 +37,7 @@ class LowRank:
     def __post_init__(self):
         left, right = self.left, self.right
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-            raise ValueError(
-                f"expected left (m, r) and right (r, n), got {tuple(left.shape)} and {tuple(right.shape)}"
-            )
+            raise ValueError(f"expected left (m, r) and right (r, n), got {tuple(left.shape)} and {tuple(right.shape)}")
         if left.dtype != right.dtype or not left.is_floating_point():
             raise ValueError(f"expected two factors of one float dtype, got {left.dtype} and {right.dtype}")
 

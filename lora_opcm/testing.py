@@ -1,9 +1,9 @@
 """`check_method`: whether what the table says of a merge method is true, for somebody's own method as for ours.
 
-    from lora_opcm.testing import check_method
+from lora_opcm.testing import check_method
 
-    def test_mine():
-        check_method("mine")
+def test_mine():
+    check_method("mine")
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,9 +77,12 @@ def _claims(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[Claim]
     one, two = run(adapters, scale=1.0), run(adapters, scale=-0.5)
     yield "scale", _near(distance(two * -2.0, one))
     exact = run(adapters, scale="2norm", rank=None, energy=None)
-    yield "2norm", _near(exact.norm() / (2 * sum(a.norm() for a in adapters) / COUNT) - 1) if (
-        method.gauge_invariant and not method.cuts and not method.largest
-    ) else True
+    yield (
+        "2norm",
+        _near(exact.norm() / (2 * sum(a.norm() for a in adapters) / COUNT) - 1)
+        if (method.gauge_invariant and not method.cuts and not method.largest)
+        else True,
+    )
 
 
 def _precision(run: Callable[..., Adapter], seed: int, whole: Adapter) -> Iterator[Claim]:
@@ -114,9 +117,7 @@ def _adapters(seed: int) -> list[Adapter]:
     generator = torch.Generator().manual_seed(seed)
 
     def update(m: int, n: int) -> LowRank:
-        left, right = (
-            torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((m, RANK), (RANK, n))
-        )
+        left, right = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((m, RANK), (RANK, n)))
         return LowRank(left, right)
 
     return [Adapter({name: update(m, n) for name, (m, n) in SHAPES.items()}) for _ in range(COUNT)]

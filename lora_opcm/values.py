@@ -1,6 +1,6 @@
 """What an option may be: a type in an annotation, and a check that names the option, what came and what was expected.
 
-    def iso_cts(core: Core, common: Share = 0.8) -> Tensor: ...
+def iso_cts(core: Core, common: Share = 0.8) -> Tensor: ...
 """
 
 import inspect
@@ -40,9 +40,7 @@ Share = Annotated[float, Value("a number in [0, 1]", lambda x: _number(x) and 0 
 Density = Annotated[float, Value("a number in (0, 1]", lambda x: _number(x) and 0 < x <= 1)]
 Count = Annotated[int, Value("an integer of at least 1", _count)]
 Limit = Annotated[int | None, Value("None or an integer of at least 1", lambda x: x is None or _count(x))]
-Energy = Annotated[
-    float | None, Value("None or a number in (0, 1]", lambda x: x is None or _number(x) and 0 < x <= 1)
-]
+Energy = Annotated[float | None, Value("None or a number in (0, 1]", lambda x: x is None or _number(x) and 0 < x <= 1)]
 Seed = Annotated[int, Value("an integer", lambda x: isinstance(x, Integral) and not isinstance(x, bool))]
 Scale = Annotated[
     float | str,

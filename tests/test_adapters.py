@@ -362,9 +362,7 @@ def test_round_trip_is_bit_exact(rank, shape, dtype, alpha, rslora, seed):
         # ΔW is s·B·A: exactly so for halves, which are widened when s is no power of two.
         eps = torch.finfo(update.dtype).eps
         left = up.double() * scale
-        assert (update.left.double() - left).abs().max() <= (
-            eps if update.dtype.itemsize > 2 else 0
-        ) * left.abs().max()
+        assert (update.left.double() - left).abs().max() <= (eps if update.dtype.itemsize > 2 else 0) * left.abs().max()
         assert update.right.double().equal(down.double())
 
         save_adapter(adapter, folder / "out")
@@ -376,17 +374,13 @@ def test_round_trip_is_bit_exact(rank, shape, dtype, alpha, rslora, seed):
         save_adapter(adapter.with_modules({"m.x": update * 0.5}), folder / "half")
         half = load_adapter(folder / "half").modules["m.x"]
         assert half.up.dtype == dtype and half.scale == 1
-        torch.testing.assert_close(
-            half.left.double(), left / 2, rtol=float(torch.finfo(dtype).eps), atol=1e-7
-        )
+        torch.testing.assert_close(half.left.double(), left / 2, rtol=float(torch.finfo(dtype).eps), atol=1e-7)
 
         # kohya, from the same numbers.
         kohya = {"lora_te_x.lora_up.weight": up, "lora_te_x.lora_down.weight": down}
         if float(torch.tensor(alpha, dtype=dtype)):
             kohya["lora_te_x.alpha"] = torch.tensor(alpha, dtype=dtype)
-        save_file(
-            kohya, folder / "in.safetensors", metadata={"ss_network_dim": str(rank), "b": "ü", "a": "1"}
-        )
+        save_file(kohya, folder / "in.safetensors", metadata={"ss_network_dim": str(rank), "b": "ü", "a": "1"})
         save_adapter(load_adapter(folder / "in.safetensors"), folder / "out.safetensors")
         same_bits(folder / "in.safetensors", folder / "out.safetensors")
 
@@ -734,9 +728,7 @@ def test_refused_kohya_keys(tmp_path, suffix):
         load_adapter(path)
 
 
-@pytest.mark.parametrize(
-    "alpha", [torch.tensor(0.0), torch.ones(2), torch.tensor(float("nan")), torch.tensor(4)]
-)
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.ones(2), torch.tensor(float("nan")), torch.tensor(4)])
 def test_refused_kohya_alpha(tmp_path, alpha):
     path = tmp_path / "k.safetensors"
     tensors, _ = kohya_file(path)
@@ -749,9 +741,7 @@ def test_scale_that_overflows(tmp_path):
     path = tmp_path / "k.safetensors"
     tensors, _ = kohya_file(path)
     save_file(tensors | {"lora_unet_conv.alpha": torch.tensor(1e300, dtype=torch.float64)}, path)
-    with pytest.raises(
-        AdapterError, match="lora_unet_conv: scale 3.33333e.299 times .* overflows torch.float32"
-    ):
+    with pytest.raises(AdapterError, match="lora_unet_conv: scale 3.33333e.299 times .* overflows torch.float32"):
         load_adapter(path)
 
 
@@ -1017,11 +1007,7 @@ def test_norm_and_regauge(plain):
 
 def test_a_file_is_an_adapter_too(plain):
     folder = plain()
-    assert (
-        load_adapter(folder / WEIGHTS)
-        .modules["a.query"]
-        .left.equal(load_adapter(folder).modules["a.query"].left)
-    )
+    assert load_adapter(folder / WEIGHTS).modules["a.query"].left.equal(load_adapter(folder).modules["a.query"].left)
     assert "2 modules, rank [2]" in repr(load_adapter(str(folder)))
 
 

@@ -31,9 +31,7 @@ from lora_opcm.command.app import main
 from lora_opcm.command.console import Steps
 from lora_opcm.command.recipe import distance
 
-SHAPES = {
-    f"layers.{i}.{name}": shape for i in range(2) for name, shape in (("q", (24, 16)), ("up", (32, 16)))
-}
+SHAPES = {f"layers.{i}.{name}": shape for i in range(2) for name, shape in (("q", (24, 16)), ("up", (32, 16)))}
 
 
 @pytest.fixture
@@ -112,8 +110,7 @@ def test_compare_by_module_and_with_two_numbers_of_directions(folder):
     assert [row["module"] for row in rows] == list(table.index)
     assert [row["φ outputs"] for row in rows] == pytest.approx(list(table.phi_left))
     assert (
-        "2 directions of the first and 3 of the second"
-        in run(folder, "compare", "a", "b", "--k", 2, "--l", 3).stdout
+        "2 directions of the first and 3 of the second" in run(folder, "compare", "a", "b", "--k", 2, "--l", 3).stdout
     )
 
 
@@ -128,9 +125,7 @@ def test_compare_of_fresh_adapters_has_no_directions_to_compare(folder):
 
 
 def test_compare_and_its_report(folder):
-    rows = json.loads(
-        run(folder, "compare", "a", "b", "c", "--k", 2, "--json", "--html", "report.html").stdout
-    )
+    rows = json.loads(run(folder, "compare", "a", "b", "c", "--k", 2, "--json", "--html", "report.html").stdout)
     assert [row["pair"] for row in rows] == ["a + b", "a + c", "b + c"]
     page = (folder / "report.html").read_text()
     assert page.count("Plotly.newPlot") == 2 and "In words" in page
@@ -146,9 +141,7 @@ def test_merge_is_the_library_and_can_be_verified(folder, method):
     assert [i["name"] for i in recipe["inputs"]] == ["a", "b"] and recipe["merge"]["rank"] == 6
     assert (folder / "m" / "README.md").read_text().startswith("---\nlibrary_name: peft")
     run(folder, "verify", "b", "a", "--against", "m")
-    assert (
-        "no adapter given has the id of b" in run(folder, "verify", "a", "c", "--against", "m", code=2).stderr
-    )
+    assert "no adapter given has the id of b" in run(folder, "verify", "a", "c", "--against", "m", code=2).stderr
     lo.save_adapter(lo.load_adapter(folder / "a"), folder / "m", overwrite=True)
     run(folder, "verify", "a", "b", "--against", "m", code=1)
 
@@ -239,9 +232,7 @@ def test_there_and_back_through_every_format(clip):
     )
     assert gap(lo.load_adapter(clip / "back"), lo.load_adapter(clip / "p")) == 0
     assert gap(lo.load_adapter(clip / "k d.safetensors"), lo.load_adapter(clip / "d.safetensors")) == 0
-    assert (
-        "convert --like" in run(clip, "convert", "k.safetensors", "-o", "no", "--to", "peft", code=2).stderr
-    )
+    assert "convert --like" in run(clip, "convert", "k.safetensors", "-o", "no", "--to", "peft", code=2).stderr
     whole = lo.load_adapter(clip / "p")
     lo.save_adapter(whole.with_modules(dict(list(whole.modules.items())[:1])), clip / "part")
     words = ["convert", "k.safetensors", "-o", "no", "--to", "peft", "--like", "part"]
@@ -328,10 +319,7 @@ def test_a_whitened_sum_forgets_exactly(folder):
     run(folder, "export", "s.safetensors", "-o", "m", "--dtype", "float64")
     expected = lo.merge([lo.load_adapter(folder / n) for n in "ac"], "whitened_sum", power=0)
     assert gap(lo.load_adapter(folder / "m"), expected) < 1e-6
-    assert (
-        "not those of an adapter in the state (a, c)"
-        in run(folder, "remove", "s.safetensors", "b", code=2).stderr
-    )
+    assert "not those of an adapter in the state (a, c)" in run(folder, "remove", "s.safetensors", "b", code=2).stderr
     run(folder, "add", "capped.safetensors", "a", "b", "--method", "whitened_sum", "--cap", 3)
     assert "cap of 3" in run(folder, "remove", "capped.safetensors", "a", code=2).stderr
 
@@ -349,8 +337,7 @@ def test_a_state_keeps_what_it_was_made_with(folder):
         assert message in run(folder, "add", "s.safetensors", "c", *words, code=2).stderr
     assert (folder / "s.safetensors").read_bytes() == whole
     assert (
-        "--alpha is no option"
-        in run(folder, "add", "t", "a", "--method", "whitened_sum", "--alpha", 1, code=2).stderr
+        "--alpha is no option" in run(folder, "add", "t", "a", "--method", "whitened_sum", "--alpha", 1, code=2).stderr
     )
     assert "no folder" in run(folder, "add", "nowhere/s.safetensors", "a", code=2).stderr
 
@@ -473,9 +460,7 @@ def test_killed_at_any_moment_the_last_output_and_state_stay_whole(folder, name,
     first = run(folder, *words) and (members() if "add" in name else lo.load_adapter(folder / target).norm())
     began = time.monotonic()
     assert ended(start(folder, *words)) == 0
-    whole = (
-        time.monotonic() - began
-    )  # about as long as the command takes; what is found on the way corrects it
+    whole = time.monotonic() - began  # about as long as the command takes; what is found on the way corrects it
     first += "add" in name
     killed = 0
     for _ in range(200):

@@ -42,9 +42,7 @@ def jobs(done):
     assert done.returncode == 0, done.stderr[-2000:]
     return {
         name: int(count)
-        for name, count in re.findall(
-            r"^(tiny|adapter|notebook|all) +(\d+)$", done.stdout + done.stderr, re.M
-        )
+        for name, count in re.findall(r"^(tiny|adapter|notebook|all) +(\d+)$", done.stdout + done.stderr, re.M)
     }
 
 
@@ -82,9 +80,7 @@ def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
     )
     (checkout / "_build" / "adapters" / "seed2" / "tweets" / "adapter_model.safetensors").unlink()
     every = PROFILES["full"]["every"]
-    need = sum(
-        2 in ((every | (run or {})).get("seeds") or []) for run in PROFILES["full"]["notebooks"].values()
-    )
+    need = sum(2 in ((every | (run or {})).get("seeds") or []) for run in PROFILES["full"]["notebooks"].values())
     assert jobs(snakemake(checkout, "--config", "profile=full", "--rerun-triggers", "mtime")) == {
         "adapter": 1,
         "notebook": need,
@@ -102,9 +98,7 @@ def grown(profile):
     every, count = PROFILES[profile]["every"], 0
     for name, own in PROFILES[profile]["notebooks"].items():
         cell = next(
-            c
-            for c in nbformat.read(FOLDER / f"{name}.ipynb", 4).cells
-            if "parameters" in c.metadata.get("tags", [])
+            c for c in nbformat.read(FOLDER / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", [])
         )
         given = {}
         exec(cell.source, given)
@@ -211,9 +205,7 @@ def test_runs_are_recorded_once_and_told_by_date(status, tmp_path):
     assert list(rows.experiment) == ["cost", "order"] and list(rows.seconds) == [42, 42]
     assert list(rows.parameters) == ["counts = [2, 8]"] * 2 and rows.machine.str.contains("×").all()
     told = status.log(status.recorded(records))
-    assert (
-        told.index("## 2026-01-03") < told.index("## 2026-01-02") < told.index("## Before records were kept")
-    )
+    assert told.index("## 2026-01-03") < told.index("## 2026-01-02") < told.index("## Before records were kept")
     assert "profile `full`" in told and "42 s on" in told
 
 

@@ -112,8 +112,7 @@ def test_batched_evaluation_of_images_equals_one_at_a_time(tiny, clip):
     features, head = clip.encode(task, "test"), clip.head(task)
     with torch.inference_mode(), applied(clip.model, adapter):
         one = [
-            int((clip.embed(clip.model, clip.collate([features[i]])) @ head.T).argmax())
-            for i in range(len(features))
+            int((clip.embed(clip.model, clip.collate([features[i]])) @ head.T).argmax()) for i in range(len(features))
         ]
     assert np.array_equal(np.array(one) == np.array(task["test"]["label"][:]), batched)
 
@@ -310,9 +309,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny):
         train_adapter(load_named("rte", str(tiny / "data")), tiny / "run", protocol, quiet=True)
 
 
-@pytest.mark.parametrize(
-    "name, kind, count", [("one", "NO", 1), ("many", "MULTI_GPU", 4), ("fsdp", "FSDP", 4)]
-)
+@pytest.mark.parametrize("name, kind, count", [("one", "NO", 1), ("many", "MULTI_GPU", 4), ("fsdp", "FSDP", 4)])
 def test_accelerate_profiles_are_read_by_accelerate(name, kind, count):
     config = load_config_from_file(str(ROOT / "profiles" / "accelerate" / f"{name}.yaml"))
     assert (config.distributed_type.value, config.num_processes, config.mixed_precision) == (
@@ -391,9 +388,7 @@ def wait_for(found, process, seconds=120):
 def test_a_killed_training_goes_on_to_the_same_adapter(tiny, tmp_path):
     options = ("--steps", 500, "--batch-size", 8, "--rank", 4)
     run = [sys.executable, *command(tiny, tmp_path / "killed", "gsm8k", "tiny-llama", *options)]
-    cut = subprocess.Popen(
-        run, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    cut = subprocess.Popen(run, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     wait_for(lambda: list((tmp_path / "cache").glob("runs/*/checkpoint-*/trainer_state.json")), cut)
     cut.send_signal(signal.SIGKILL)
     cut.wait()
@@ -427,17 +422,13 @@ def test_the_gpu_profile_rehearses_from_data_to_page(tmp_path):
     with open(tmp_path / "log", "w") as log:
         make_all = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=rehearsal"]
         run = subprocess.Popen(make_all, cwd=tmp_path, env=env, stdout=log, stderr=log)
-        seen = wait_for(
-            lambda: list(cache.glob("runs/tiny-llama-*/checkpoint-*/trainer_state.json")), run, 600
-        )
+        seen = wait_for(lambda: list(cache.glob("runs/tiny-llama-*/checkpoint-*/trainer_state.json")), run, 600)
         task = seen[0].parent.parent.name.split("-")[2]
         for child in psutil.Process(run.pid).children(recursive=True):
             if "lora_opcm.lab.train" in child.cmdline() and task in child.cmdline():
                 child.kill()
         assert run.wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    told = (
-        tmp_path / "_build" / "logs" / "rehearsal" / "adapters" / "tiny-llama" / f"seed0-{task}.log"
-    ).read_text()
+    told = (tmp_path / "_build" / "logs" / "rehearsal" / "adapters" / "tiny-llama" / f"seed0-{task}.log").read_text()
     assert f"{task}: training, resumed from checkpoint-" in told
 
     out = tmp_path / "_build" / "rehearsal"

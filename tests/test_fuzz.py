@@ -68,15 +68,11 @@ def shapes(data: bytes, rng: random.Random) -> bytes:
     value = tensors.pop(key)
     change = rng.randrange(6)
     if change == 0:
-        value = value.reshape(
-            -1, rng.choice([d for d in range(1, value.numel() + 1) if value.numel() % d == 0])
-        )
+        value = value.reshape(-1, rng.choice([d for d in range(1, value.numel() + 1) if value.numel() % d == 0]))
     elif change == 1:
         value = value.double() * 10.0 ** rng.choice([-300, -30, 4, 30, 150, 300])
     elif change == 2:
-        value = value.to(
-            rng.choice([torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn])
-        )
+        value = value.to(rng.choice([torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn]))
     elif change == 3:
         value = torch.zeros(rng.choice([(0,), (0, 8), (1, 1), (3, 3, 3), ()]))
     elif change == 4:
@@ -148,9 +144,7 @@ def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
     (folder / "whole").mkdir()
     whole = originals(folder / "whole")
     work, outcome = folder / "work", {"inspect read": 0, "merge read": 0, "refused": 0}
-    hung = signal.signal(
-        signal.SIGALRM, lambda *_: (_ for _ in ()).throw(AssertionError("hangs for a minute"))
-    )
+    hung = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(AssertionError("hangs for a minute")))
     for i in range(count):
         name = rng.choice(sorted(whole))
         folder_like = whole[name].is_dir()
@@ -176,9 +170,7 @@ def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
             signal.alarm(0)
             assert code in (0, 2) and "Traceback" not in err, f"{case}: {code} {err}"
             if code == 2:
-                assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 3000, (
-                    f"{case}: {err}"
-                )
+                assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 3000, f"{case}: {err}"
                 assert str(work / name) in err, f"{case}: {err}"
                 assert sorted(work.rglob("*")) == before, f"{case}: {sorted(work.rglob('*'))}"
                 outcome["refused"] += 1
@@ -205,9 +197,7 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, seed):
     assert outcome["refused"] > 200 and outcome["merge read"] > 30 and sum(outcome.values()) == 600
 
 
-@pytest.mark.parametrize(
-    "words", [["inspect"], ["merge", "-o", "out", "sound"], ["add", "state.safetensors"]]
-)
+@pytest.mark.parametrize("words", [["inspect"], ["merge", "-o", "out", "sound"], ["add", "state.safetensors"]])
 def test_a_real_process_refuses_a_truncated_file_by_name(tmp_path, words):
     generator = torch.Generator().manual_seed(0)
     for name in ("sound", "damaged"):

@@ -611,9 +611,7 @@ def test_chordal_mean_of_mixed_dimensions_and_small_cases(dtype):
     frames = [gr.random_frame(10, k, generator=gen, dtype=dtype) for k in (2, 4, 3)]
     S = sum(gr.projector(V.double()) for V in frames)
     for k in (1, 3, 5):
-        same_span(
-            gr.chordal_mean(frames, k=k), torch.linalg.eigh(S).eigenvectors[:, -k:].to(dtype), tol(dtype, 20)
-        )
+        same_span(gr.chordal_mean(frames, k=k), torch.linalg.eigh(S).eigenvectors[:, -k:].to(dtype), tol(dtype, 20))
     same_span(gr.chordal_mean(frames[:1]), frames[0], tol(dtype))
     same_span(gr.chordal_mean(frames, [0, 1, 0], k=4), frames[1], tol(dtype))
     stack = torch.stack([frames[0]] * 3)

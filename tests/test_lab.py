@@ -77,9 +77,7 @@ def test_commands_fail_with_one_line(tmp_path, folder, arguments, words):
     command = [sys.executable, "-m", "lora_opcm.lab.train", str(tmp_path / folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and words in done.stderr
-    assert [
-        line for line in done.stderr.splitlines() if line.startswith("error:")
-    ] and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] and "Traceback" not in done.stderr
 
 
 def test_truncating_words_first_does_not_change_the_tokens():
@@ -136,9 +134,7 @@ def tiny_model():
 def test_updates_are_added_the_way_the_weights_lie(generator):
     model = torch.nn.ModuleDict({"inner": tiny_model()})
     shapes = {"c": (6, 6), "e": (6, 9)}
-    a = replace(
-        adapter(shapes, 2, generator), kinds={"e": Kind("embedding")}, config={"fan_in_fan_out": True}
-    )
+    a = replace(adapter(shapes, 2, generator), kinds={"e": Kind("embedding")}, config={"fan_in_fan_out": True})
     before = {n: w.clone() for n, w in model.state_dict().items()}
     with applied(model, a):  # whose modules are named from inside
         for name in shapes:
@@ -235,9 +231,7 @@ def test_summary_intervals_cover_and_gains_are_anchored():
     truth = {"zero-shot": 0.5, "half": 0.65, "own adapter": 0.8}
     correct = {m: {t: rng.random(400) < p for t in "abcd"} for m, p in truth.items()}
     table = summarise(correct).query("task == 'mean'").set_index(["method", "metric"])
-    assert (
-        table.value["zero-shot", "recovered gain"] == 0 and table.value["own adapter", "recovered gain"] == 1
-    )
+    assert table.value["zero-shot", "recovered gain"] == 0 and table.value["own adapter", "recovered gain"] == 1
     for method, p in truth.items():
         row = table.loc[method, "accuracy"]
         assert row.low < p < row.high and 0.02 < row.high - row.low < 0.08

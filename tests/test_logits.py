@@ -31,9 +31,7 @@ def base(kind):
     }
     if kind == "clip":  # a model that kohya has names for
         return CLIPTextModel(CLIPTextConfig(**size, max_position_embeddings=8, eos_token_id=49)).eval()
-    return BertForSequenceClassification(
-        BertConfig(**size, max_position_embeddings=8, initializer_range=0.3)
-    ).eval()
+    return BertForSequenceClassification(BertConfig(**size, max_position_embeddings=8, initializer_range=0.3)).eval()
 
 
 def logits(model):
@@ -104,9 +102,7 @@ def test_merged_logits_are_those_of_the_dense_sum(tmp_path, kind, format, output
     words = ["--method", method, *METHODS[method], "--dtype", dtype, "--format", output]
     run(tmp_path, "merge", *names, "-o", out, *words)
     assert "the same" in run(tmp_path, "verify", *names, "--against", out).stdout
-    recipe = json.loads(
-        (tmp_path / ("m/merge_recipe.json" if output == "peft" else "m.recipe.json")).read_text()
-    )
+    recipe = json.loads((tmp_path / ("m/merge_recipe.json" if output == "peft" else "m.recipe.json")).read_text())
     expected = dense_sum(recipe, deltas)
     if output == "kohya":
         keys = set(load_file(tmp_path / out))

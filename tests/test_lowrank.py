@@ -81,9 +81,7 @@ def test_core_space_is_exact(m, n, ranks, dtype, repeat, seed):
     updates += [updates[0], updates[0] * 2.0] if repeat else []
     core = Core.of(updates)
     q_left = core.left @ torch.eye(core.cores[0].shape[0], dtype=torch.float64)
-    assert torch.allclose(
-        q_left.mT.double() @ q_left.double(), torch.eye(q_left.shape[1]).double(), atol=1e-5
-    )
+    assert torch.allclose(q_left.mT.double() @ q_left.double(), torch.eye(q_left.shape[1]).double(), atol=1e-5)
     for u, c in zip(updates, core.cores):
         assert error(core.lift(c)[0], dense(u)) < max(1e-5, TOLERANCE[dtype])
         assert c.norm().item() == pytest.approx(u.norm(), rel=1e-5)
@@ -129,10 +127,7 @@ def test_wrong_arguments_are_refused(generator):
 
 def ill(u, condition, generator):
     """The same float64 update in a gauge of this condition number."""
-    q, p = (
-        torch.linalg.qr(torch.randn(u.rank, u.rank, generator=generator, dtype=torch.float64))[0]
-        for _ in "qp"
-    )
+    q, p = (torch.linalg.qr(torch.randn(u.rank, u.rank, generator=generator, dtype=torch.float64))[0] for _ in "qp")
     return u.regauge((q * torch.logspace(0, math.log10(condition), u.rank, dtype=torch.float64)) @ p)
 
 
@@ -141,8 +136,7 @@ def ill(u, condition, generator):
 def test_a_gauge_of_large_condition_moves_no_merge(condition, device, generator):
     updates = [update(60, 50, 8, generator, torch.float64) for _ in range(3)]
     plain, spun = (
-        [Adapter({"a": u}) for u in found]
-        for found in (updates, [ill(u, condition, generator) for u in updates])
+        [Adapter({"a": u}) for u in found] for found in (updates, [ill(u, condition, generator) for u in updates])
     )
     for method in ("opcm", "tsv", "whitened_sum"):
         expected = dense(merge(plain, method).modules["a"])

@@ -29,8 +29,7 @@ def grams(count, shapes=SHAPES, seed=9):
     found = []
     for _ in range(count):
         inputs = {
-            name: torch.randn(200, n, generator=generator, dtype=torch.float64)
-            for name, (_, n) in shapes.items()
+            name: torch.randn(200, n, generator=generator, dtype=torch.float64) for name, (_, n) in shapes.items()
         }
         found.append({name: x.mT @ x for name, x in inputs.items()})
     return found
@@ -81,9 +80,7 @@ def test_gauge_invariance(method):
 def test_lora_opcm_depends_on_the_gauge_and_the_balanced_gauge_repairs_that():
     given_, spun = stream(), [a.regauge(seed) for seed, a in enumerate(stream())]
     assert distance(run("lora_opcm", spun), run("lora_opcm", given_)) > 0.05
-    assert (
-        distance(run("lora_opcm", spun, gauge="balanced"), run("lora_opcm", given_, gauge="balanced")) < 1e-6
-    )
+    assert distance(run("lora_opcm", spun, gauge="balanced"), run("lora_opcm", given_, gauge="balanced")) < 1e-6
 
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
@@ -117,13 +114,9 @@ def test_dtype_in_is_dtype_out(method, dtype):
 def test_core_rules_commute_with_rotations(method):
     """f(P X Qᵀ) = P f(X) Qᵀ: the theorem that lets them run in the core."""
     generator = torch.Generator().manual_seed(5)
-    p, q = (
-        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n in SHAPES["a"]
-    )
+    p, q = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n in SHAPES["a"])
     plain = [a.with_modules({"a": a.modules["a"]}) for a in stream()]
-    turned = [
-        a.with_modules({"a": LowRank(p @ a.modules["a"].left, a.modules["a"].right @ q.mT)}) for a in plain
-    ]
+    turned = [a.with_modules({"a": LowRank(p @ a.modules["a"].left, a.modules["a"].right @ q.mT)}) for a in plain]
     expected = p @ dense(run(method, plain).modules["a"]) @ q.mT
     assert error(run(method, turned).modules["a"], expected) < 1e-6
 
@@ -273,9 +266,7 @@ def test_regmean_is_least_squares():
     merged = lo.merge(adapters, "regmean", grams=statistics)
     for name in SHAPES:
         numerator = sum(dense(a.modules[name]) @ g[name] for a, g in zip(adapters, statistics))
-        assert (
-            error(merged.modules[name], numerator @ torch.linalg.inv(sum(g[name] for g in statistics))) < 1e-6
-        )
+        assert error(merged.modules[name], numerator @ torch.linalg.inv(sum(g[name] for g in statistics))) < 1e-6
     with pytest.raises(ValueError, match="grams"):
         lo.merge(adapters, "regmean")
 
@@ -287,9 +278,7 @@ def test_quotient_mean_of_regauged_copies_is_the_adapter():
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from(sorted(REGISTRY)), st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 99)
-)
+@given(st.sampled_from(sorted(REGISTRY)), st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 99))
 def test_mixed_ranks(method, ranks, seed):
     generator = torch.Generator().manual_seed(seed)
     adapters = [adapter(SHAPES, r, generator) for r in ranks]
@@ -306,15 +295,10 @@ def test_weights_rank_and_energy():
     weights = [0.7, -0.4, 0.0, 2.0]
     merged = lo.merge(adapters, "cat", weights=weights)
     for name in SHAPES:
-        assert (
-            error(merged.modules[name], sum(w * dense(a.modules[name]) for w, a in zip(weights, adapters)))
-            < 1e-9
-        )
+        assert error(merged.modules[name], sum(w * dense(a.modules[name]) for w, a in zip(weights, adapters))) < 1e-9
     assert all(u.rank == 5 for u in lo.merge(adapters, "cat", rank=5).modules.values())
     kept = lo.merge(adapters, "cat", energy=0.6)
-    assert all(
-        0.6 <= (kept.modules[n].norm() / lo.merge(adapters, "cat").modules[n].norm()) ** 2 < 1 for n in SHAPES
-    )
+    assert all(0.6 <= (kept.modules[n].norm() / lo.merge(adapters, "cat").modules[n].norm()) ** 2 < 1 for n in SHAPES)
 
 
 def test_a_missing_module_counts_as_zero():
@@ -327,9 +311,7 @@ def test_a_missing_module_counts_as_zero():
         assert torch.isfinite(dense(lo.merge([whole, part], method).modules["a"])).all(), method
 
 
-@pytest.mark.parametrize(
-    "method", sorted(m.name for m in REGISTRY.values() if m.gauge_invariant and not m.data)
-)
+@pytest.mark.parametrize("method", sorted(m.name for m in REGISTRY.values() if m.gauge_invariant and not m.data))
 def test_gauge_invariance_with_an_adapter_given_twice(method):
     a, b = stream(count=2)
     copies = [a, a.regauge(1), b], [a, a.regauge(2), b]
@@ -390,9 +372,7 @@ def test_registry_opcm_is_the_streaming_one():
 def test_wrong_arguments_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         lo.merge(stream(), **arguments)
-    if (
-        "weights" not in words and "finite" not in words
-    ):  # nor with one adapter, which no method has work with
+    if "weights" not in words and "finite" not in words:  # nor with one adapter, which no method has work with
         with pytest.raises(ValueError, match=words):
             lo.merge(stream(count=1), **arguments)
 
@@ -419,9 +399,7 @@ def test_scale_norm_gives_the_mean_norm_wherever_it_is_taken(method):
 def test_a_large_factor_goes_to_both_sides():
     one = lo.LowRank(torch.full((3, 1), 300.0), torch.full((1, 3), 0.01)).to(torch.float16)
     whole = lo.Adapter({"a": one})
-    assert scaled(whole, whole.modules, 900.0).modules["a"].norm() == pytest.approx(
-        900 * one.norm(), rel=2e-3
-    )
+    assert scaled(whole, whole.modules, 900.0).modules["a"].norm() == pytest.approx(900 * one.norm(), rel=2e-3)
     with pytest.raises(lo.AdapterError, match="a: the merge is not finite in torch.float16"):
         scaled(whole, whole.modules, 1e9)
     flipped = scaled(whole, whole.modules, -4.0).modules["a"]

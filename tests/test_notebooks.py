@@ -46,9 +46,7 @@ def test_chapter_has_outputs_and_checked_cells(chapter):
     assert counts == list(range(1, len(cells) + 1)), "run the chapter top to bottom before committing it"
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
     checked = [c for c in cells if "nbval-check-output" in c.metadata.get("tags", [])]
-    assert len(checked) >= 3 and all(c.outputs for c in checked), (
-        "a chapter with no checked cell is not tested"
-    )
+    assert len(checked) >= 3 and all(c.outputs for c in checked), "a chapter with no checked cell is not tested"
 
 
 @pytest.mark.parametrize("notebook", EXPERIMENTS, ids=_ids(EXPERIMENTS))
@@ -85,9 +83,7 @@ def colab(tmp_path_factory):
     python = folder / "venv" / "bin" / "python"
     pins = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")} | pins
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "ipykernel", "nbclient"], check=True, env=environment
-    )
+    subprocess.run([python, "-m", "pip", "install", "-q", "ipykernel", "nbclient"], check=True, env=environment)
     return python, environment | {"LORA_OPCM_SOURCE": ROOT.as_uri()}
 
 

@@ -96,10 +96,7 @@ def test_null_space_rotation_changes_nothing(generator):
     stream = [adapter(SHAPES, 3, generator, torch.float64) for _ in range(3)]
     spun = [
         a.with_modules(
-            {
-                n: u.regauge(torch.randn(3, 3, generator=generator, dtype=torch.float64))
-                for n, u in a.modules.items()
-            }
+            {n: u.regauge(torch.randn(3, 3, generator=generator, dtype=torch.float64)) for n, u in a.modules.items()}
         )
         for a in stream
     ]
@@ -107,9 +104,7 @@ def test_null_space_rotation_changes_nothing(generator):
     assert all(error(one.modules[n], dense(two.modules[n])) < 1e-8 for n in SHAPES)
 
 
-@pytest.mark.parametrize(
-    "options, words", [({"alpha": 1.5}, "1.5"), ({"variant": "x"}, "'paper' or 'fusionbench'")]
-)
+@pytest.mark.parametrize("options, words", [({"alpha": 1.5}, "1.5"), ({"variant": "x"}, "'paper' or 'fusionbench'")])
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         lo.ContinualMerger(**options)

@@ -51,9 +51,7 @@ def test_points_of_a_summary_by_hand():
 @pytest.mark.parametrize("right, of", [(70, 100), (12, 300), (390, 400)])
 def test_an_interval_is_that_of_a_binomial(right, of):
     """A resample of `of` texts, of which a share is right, has a binomial number of right ones."""
-    table = summary(
-        {m: {"t": share(n, of)} for m, n in (("zero-shot", 0), ("own adapter", of), ("m", right))}
-    )
+    table = summary({m: {"t": share(n, of)} for m, n in (("zero-shot", 0), ("own adapter", of), ("m", right))})
     expected = binom.ppf([0.025, 0.975], of, right / of) / of
     assert bounds(table, "m", "t", "accuracy") == pytest.approx(expected, abs=1.01 / of)
     assert bounds(table, "own adapter", "t", "accuracy") == [1, 1]
@@ -85,9 +83,7 @@ def test_intervals_cover_what_is_true_19_times_in_20():
         for j, (metric, value) in enumerate((("accuracy", 0.65), ("recovered gain", 0.5))):
             low, high = bounds(table, "m", "mean", metric)
             inside[j] += low <= value <= high
-    assert (0.90 <= inside / rounds).all() and (inside / rounds <= 0.99).all(), (
-        inside
-    )  # 4 deviations are 0.06
+    assert (0.90 <= inside / rounds).all() and (inside / rounds <= 0.99).all(), inside  # 4 deviations are 0.06
 
 
 def test_a_difference_is_taken_text_by_text():
@@ -111,9 +107,7 @@ def test_a_difference_is_taken_text_by_text():
     free = np.random.default_rng(0).permutation(a)
     table = summary(fixed | {"a": {"t": a}, "free": {"t": free}}, against="a")
     width = np.diff(bounds(table, "free", "mean", "gain difference"))[0]
-    assert width == pytest.approx(
-        1.96 * 2 * np.std(a * 1.0 - free) / math.sqrt(300), rel=0.1
-    ) and width > max(own)
+    assert width == pytest.approx(1.96 * 2 * np.std(a * 1.0 - free) / math.sqrt(300), rel=0.1) and width > max(own)
 
 
 def test_seeds_are_drawn_once_for_all_tasks_and_methods():
@@ -128,12 +122,7 @@ def test_seeds_are_drawn_once_for_all_tasks_and_methods():
     table = summary(fixed | {"m": {"x": seeds, "y": seeds}, "twin": {"x": seeds, "y": seeds},
                              "rest": {"x": seeds, "y": 1 - seeds}, "two": {"x": seeds, "y": other}}, against="m")  # fmt: skip
     law = binom.ppf([0.025, 0.975], 4, 1 / 4) / 4
-    assert (
-        list(law)
-        == [0, 0.75]
-        == bounds(table, "m", "x", "accuracy")
-        == bounds(table, "m", "mean", "accuracy")
-    )
+    assert list(law) == [0, 0.75] == bounds(table, "m", "x", "accuracy") == bounds(table, "m", "mean", "accuracy")
     assert table.value["m", "x", "accuracy"] == 0.25
     assert bounds(table, "rest", "mean", "accuracy") == [0.5, 0.5]
     assert bounds(table, "two", "mean", "accuracy") == list(binom.ppf([0.025, 0.975], 4, 1 / 2) / 8)

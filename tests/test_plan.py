@@ -98,9 +98,7 @@ def test_minilm_on_meta_has_the_modules_of_the_shipped_adapters(shipped):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "method", ["cat", "opcm", "tsv", "whitened_sum", "knots_ties", "chordal_mean", "ties"]
-)
+@pytest.mark.parametrize("method", ["cat", "opcm", "tsv", "whitened_sum", "knots_ties", "chordal_mean", "ties"])
 def test_the_estimate_for_minilm_is_within_twice_what_is_measured(method, shipped):
     """Best of several, each beside a calibration of its own: other programs slow both down."""
     lo.merge(shipped, method)

@@ -1,5 +1,6 @@
 """The files that describe the project agree with each other."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -52,40 +53,54 @@ def test_import_needs_little():
     assert done.stdout.strip() == "set()"
 
 
-def test_modules_import_only_upwards():
-    order = [
-        "figures",
-        "parallel",
-        "options",
-        "lowrank",
-        "core",
-        "grassmann",
-        "formats",
-        "configs",
-        "adapters",
-        "writing",
-        "state",
-        "opcm",
-        "sums",
-        "rules",
-        "methods",
-        "shards",
-        "plan",
-        "similarity",
-        "recipe",
-        "report",
-        "console",
-        "streams",
-        "cli",
-    ]
-    for i, module in enumerate(order):
-        path = ROOT / "lora_opcm" / f"{module}.py"
-        if path.exists():
-            used = set(re.findall(r"^\s*from \.(\w+) import", path.read_text(), re.M))
-            for names in re.findall(r"^\s*from \. import (.+)", path.read_text(), re.M):
-                used |= {name.strip() for name in names.split(",")}
-            below = used - set(order[:i])
-            assert not below, f"{module} imports {below}"
+# Rooms from left to right; each imports only from those before it. A room may be a file or a folder.
+ROOMS = "values plugins numerics parallel lowrank geometry gauge files merging streams testing api command lab site"
+INSIDE = {
+    "geometry": "frames angles geodesics overlap means",
+    "files": "adapter format peft kohya refusals diffusers table disk read write bundle shipped",
+    "merging": "core method rules merge plan shards",
+    "streams": "stream opcm whitened_sum factors store",
+    "command": "console card recipe tables drawing report states app",
+    "lab": "assets tasks bases attach training evaluation train experiments",
+}
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports, as parts of their names, where it stands in a function too."""
+    found, here = set(), path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (
+                (*here[: len(here) - node.level], *(node.module or "").split("."))
+                if node.module
+                else here[: len(here) - node.level]
+            )
+            names = [()] if node.module else [(alias.name,) for alias in node.names]
+            found |= {(*base, *name)[1:] for name in names}
+    return found
+
+
+def test_rooms_import_one_way():
+    """As CONTRIBUTING lists them; a function that imports when it is called is held to it too."""
+    order = ROOMS.split()
+    package = ROOT / "lora_opcm"
+    there = {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert there - {"__init__", "__main__"} == set(order)
+    assert "`" + "`, `".join(order) + "`" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8")
+    late = {("files", "adapter", "files", "write")}  # a method that stands for a function of a later file
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts[0] in ("__init__", "__main__"):
+            continue
+        for other in imported(path):
+            if not other or other[0] not in order:  # `from .. import __version__`
+                continue
+            if other[0] != parts[0]:
+                assert order.index(other[0]) < order.index(parts[0]), f"{path} imports {'.'.join(other)}"
+            elif parts[0] in INSIDE and len(parts) > 1 and len(other) > 1 and parts[1] != "__init__":
+                inside = INSIDE[parts[0]].split()
+                if parts[1] != other[1] and (*parts[:2], *other[:2]) not in late:
+                    assert inside.index(other[1]) < inside.index(parts[1]), f"{path} imports {'.'.join(other)}"
 
 
 @pytest.mark.parametrize("target", ["book", "test", "quick", "adapters", "publish", "clean"])
@@ -115,8 +130,10 @@ def test_functions_named_on_the_notation_page_exist():
             found = getattr(lo, first)
         elif first == "lab":
             found, rest = importlib.import_module(f"lora_opcm.lab.{rest[0]}"), rest[1:]
+        elif first == "rules":
+            found = importlib.import_module("lora_opcm.merging.rules")
         else:
-            found = importlib.import_module(f"lora_opcm.{first}")
+            found = getattr(lo, first, None) or importlib.import_module(f"lora_opcm.{first}")
         for part in rest:
             fields = getattr(found, "__dataclass_fields__", {})
             assert hasattr(found, part) or part in fields, f"{name}: the package has no such name"

@@ -47,9 +47,7 @@ def neighbours(dtype, seed=0):
     """Adapters whose leading subspaces are near each other, so that Karcher and quotient means are unique."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    base = {
-        n: (torch.linalg.qr(draw(a, 4))[0], torch.linalg.qr(draw(b, 4))[0]) for n, (a, b) in SHAPES.items()
-    }
+    base = {n: (torch.linalg.qr(draw(a, 4))[0], torch.linalg.qr(draw(b, 4))[0]) for n, (a, b) in SHAPES.items()}
     found = []
     for rank in (4, 4, 3):
         modules = {}
@@ -152,15 +150,15 @@ def test_rules(method, options, dtype, setting):
     weights = WEIGHTS if setting == "weights" else None
     known = {"inputs": INPUTS} if method == "regmean" else options
     expected = RULES[method](matrices(adapters, weights), **known)
-    dropped = {}
-    merged = lo.merge(adapters, method, weights=weights, dropped=dropped, **common, **options)
+    merged = lo.merge(adapters, method, weights=weights, **common, **options)
+    if method == "svd" and not common:  # to the largest rank, unless told otherwise
+        common = {"rank": max(u.rank for a in adapters for u in a.modules.values())}
     kept = {n: cut(x, **common) for n, x in expected.items()}
     close(merged, kept, 1e-5 if dtype == torch.float32 or method in NEAR else 1e-8)
     shares = {n: float((kept[n] - x).norm() / x.norm()) ** 2 for n, x in expected.items()}
-    assert dropped == pytest.approx(shares, rel=1e-4, abs=1e-9)
+    assert merged.dropped == pytest.approx(shares, rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.xfail(strict=False, reason="rank enters before flattening")
 @pytest.mark.parametrize("rank", [2, 5])
 @pytest.mark.parametrize(
     "method, options",
@@ -174,7 +172,6 @@ def test_rank_enters_before_a_spectrum_is_made_flat(method, options, rank, dtype
     assert {u.rank for u in merged.modules.values()} == {rank}
 
 
-@pytest.mark.xfail(strict=False, reason="what rounding leaves of a task is taken for its directions")
 def test_iso_cts_takes_no_direction_of_a_task_that_the_common_ones_hold(dtype, generator):
     """Orthogonal tasks, one large: its residual is zero, the other has one direction left that counts."""
     u, v = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in SHAPES["wide"])
@@ -219,9 +216,7 @@ def test_quotient_mean_stops_after_its_steps():
 
 
 @pytest.mark.parametrize("dtype, setting", SETTINGS, ids=setting_id)
-@pytest.mark.parametrize(
-    "gauge, alpha", [("given", 0.25), ("balanced", 0.25), ("balanced", 0.75), ("given", 1)]
-)
+@pytest.mark.parametrize("gauge, alpha", [("given", 0.25), ("balanced", 0.25), ("balanced", 0.75), ("given", 1)])
 def test_lora_opcm_is_opcm_on_either_factor(gauge, alpha, dtype, setting):
     adapters, common = changed(adapters_of(dtype, ranks=(3, 3, 3)), setting)
     weights = WEIGHTS if setting == "weights" else [1, 1, 1]
@@ -309,9 +304,7 @@ def test_a_seed_draws_one_mask_a_module(method, generator):
 
 
 @pytest.mark.parametrize("cap", [None, 3])
-@pytest.mark.parametrize(
-    "variant, alpha", [("paper", 0.25), ("paper", 0.75), ("fusionbench", 0.6), ("paper", 0)]
-)
+@pytest.mark.parametrize("variant, alpha", [("paper", 0.25), ("paper", 0.75), ("fusionbench", 0.6), ("paper", 0)])
 def test_a_stream_says_what_it_did(variant, alpha, cap, dtype):
     adapters = adapters_of(dtype, ranks=(3, 4, 2, 5))
     adapters[0] = adapters[0].with_modules({"wide": adapters[0].modules["wide"]})
@@ -321,15 +314,15 @@ def test_a_stream_says_what_it_did(variant, alpha, cap, dtype):
         merger.add(a, name=f"task {t}")
     total, rows = opcm_stream(matrices(adapters), alpha, variant, cap)
     bound, state = 2e-6 if dtype == torch.float32 else 1e-9, merger.state
-    assert [row.pop("name") for row in state.history] == state.names == [f"task {t}" for t in range(4)]
-    for found, expected in zip(state.history, rows, strict=True):
+    history = state.history
+    assert [row.pop("name") for row in history] == state.names == [f"task {t}" for t in range(4)]
+    for found, expected in zip(history, rows, strict=True):
         assert found == pytest.approx(expected, rel=bound, abs=bound)
     assert state.norms == pytest.approx([row["norm"] for row in rows], rel=bound)
-    assert state.norm() == pytest.approx(float(sum(x.norm() ** 2 for x in total.values())) ** 0.5, rel=bound)
-    assert state.scale == pytest.approx(1 / rows[-1]["lambda"], rel=bound)
+    scale = 1 / rows[-1]["lambda"]
     for name, x in total.items():
-        assert error(state.updates[name], x) < 5 * bound
-        assert error(merger.adapter(rank=2).modules[name], cut(state.scale * x, 2)) < 5 * bound
+        assert error(state.modules[name], x) < 5 * bound
+        assert error(merger.adapter(rank=2).modules[name], cut(scale * x, 2)) < 5 * bound
     if cap:
         assert all(row["rank"] <= cap for row in rows) and rows[1]["dropped"] > 0.01
     assert rows[0]["cleared"] == 0 < rows[3]["cleared"]

@@ -218,10 +218,7 @@ def test_a_shard_reads_its_own_tensors_only(inputs):
     tensors[f"base_model.model.{name}.lora_A.weight"][:] = float("nan")
     save_file(tensors, path)
     found = lo.load_adapter(inputs[0], only=lambda n: belongs(n, (1, 2)))
-    assert (
-        set(found.modules) == {n for n in broken.modules if belongs(n, (1, 2))}
-        and found.dtype == broken.dtype
-    )
+    assert set(found.modules) == {n for n in broken.modules if belongs(n, (1, 2))} and found.dtype == broken.dtype
     with pytest.raises(lo.AdapterError, match="NaN"):
         lo.load_adapter(inputs[0], only=lambda n: belongs(n, (0, 2)))
 
@@ -233,9 +230,7 @@ def test_shards_that_do_not_belong_together_are_refused(inputs, tmp_path):
         join([one])
     with pytest.raises(lo.AdapterError, match="shard 0 of 2 is given twice"):
         join([one, one])
-    with pytest.raises(
-        lo.AdapterError, match="other.safetensors: expected one of 2 shards of {'method': 'cat'}"
-    ):
+    with pytest.raises(lo.AdapterError, match="other.safetensors: expected one of 2 shards of {'method': 'cat'}"):
         join([one, other])
     with pytest.raises(lo.AdapterError, match="got none"):
         join([])

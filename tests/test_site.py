@@ -26,8 +26,7 @@ def _pages():
     return sorted(
         str(p.relative_to(SITE))
         for p in SITE.rglob("*.html")
-        if "_static" not in p.parts
-        and p.name not in {"search.html", "genindex.html", "index.html", "404.html"}
+        if "_static" not in p.parts and p.name not in {"search.html", "genindex.html", "index.html", "404.html"}
     )
 
 
@@ -96,7 +95,9 @@ def test_page(name, page, server, tally):
         assert len(figures.nth(i).get_attribute("aria-label") or "") > 20, "a figure without alternative text"
     if page.locator(".math").count():
         page.wait_for_function("() => document.querySelectorAll('.math mjx-container').length > 0")
-        untypeset = "() => [...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length"
+        untypeset = (
+            "() => [...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length"
+        )
         page.wait_for_function(f"() => ({untypeset})() === 0")
         assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
     foreign = [u for u in page.requests if not u.startswith((server, "data:", "blob:"))]
@@ -131,9 +132,7 @@ def test_slider_moves_the_figure(page, server):
     page.wait_for_function("() => document.querySelector('.lo-figure').dataset.drawn")
     before = page.locator(".lo-figure .slider-label").first.text_content()
     page.locator(".lo-figure .slider-rail-touch-rect").first.click(position={"x": 300, "y": 5})
-    page.wait_for_function(
-        "b => document.querySelector('.lo-figure .slider-label').textContent !== b", arg=before
-    )
+    page.wait_for_function("b => document.querySelector('.lo-figure .slider-label').textContent !== b", arg=before)
 
 
 def test_figures_follow_the_dark_theme(page, server):
@@ -153,9 +152,7 @@ def test_internal_links_and_anchors_resolve(tally):
     """Every href of every page that stays in the site: the file exists, and the anchor in it."""
     from bs4 import BeautifulSoup
 
-    soups = {
-        name: BeautifulSoup((SITE / name).read_text(encoding="utf8"), "html.parser") for name in _pages()
-    }
+    soups = {name: BeautifulSoup((SITE / name).read_text(encoding="utf8"), "html.parser") for name in _pages()}
     ids = {name: {e["id"] for e in soup.find_all(id=True)} for name, soup in soups.items()}
     broken, count = [], 0
     for name, soup in soups.items():

@@ -33,10 +33,7 @@ def test_one_at_a_time_is_all_at_once_in_any_order(power):
         for i in order:
             merger.add(stream()[i])
         assert gap(merger.adapter(), joint) < 1e-9
-        assert (
-            gap(merger.adapter(rank=3), lo.merge(stream(), "whitened_sum", power=power, scale=0.7, rank=3))
-            < 1e-9
-        )
+        assert gap(merger.adapter(rank=3), lo.merge(stream(), "whitened_sum", power=power, scale=0.7, rank=3)) < 1e-9
 
 
 def test_power_one_makes_one_adapter_flat_and_power_zero_leaves_it():
@@ -146,9 +143,7 @@ def test_states_know_their_kind(tmp_path):
 def test_modules_and_kinds_of_later_adapters_outlive_a_reload(kind, tmp_path):
     a, b = stream(2, dtype=torch.float32)
     first = a.with_modules({"a": a.modules["a"]})
-    first = lo.Adapter(
-        first.modules, config={"target_modules": ["a"], "r": 3, "lora_alpha": 3, "peft_type": "LORA"}
-    )
+    first = lo.Adapter(first.modules, config={"target_modules": ["a"], "r": 3, "lora_alpha": 3, "peft_type": "LORA"})
     second = lo.Adapter({"b": b.modules["b"]}, kinds={"b": Kind("embedding")})
     merger = kind().add(first).add(second).add(first)
     for m in (merger, kind.load(merger.save(tmp_path / "s.safetensors"))):

@@ -125,6 +125,7 @@ def test_inspect_gives_every_number_of_every_module(said, tmp_path):
             assert row["effective rank"] == pytest.approx(s.sum() ** 2 / (s**2).sum())
             assert row["energy in 4"] == pytest.approx((s[:4] ** 2).sum() / (s**2).sum())
     assert [rows["zero"][c] for c in ("σ₁", "effective rank", "energy in 4", "spectrum")] == [0, 0, 0, []]
+    assert found.pop("id") == lo.load_adapter("x").id
     assert found.pop("odd") == [
         "zero is zero", "twin has rank 5, stored as 6", "head.weight is stored in full ((3, 5)), not as factors",
     ]  # fmt: skip
@@ -169,9 +170,7 @@ def test_compare_is_a_mean_over_modules(said, abc, k, l):
 def test_compare_by_module_gives_each_its_own_row(said, abc):
     rows = json.loads(said("compare", *abc, "--k", 3, "--l", 1, "--modules", "--json").out)
     names = list(lo.load_adapter("a").modules)
-    assert [(row["pair"], row["module"]) for row in rows] == [
-        (f"{x} + {y}", n) for x, y in PAIRS for n in names
-    ]
+    assert [(row["pair"], row["module"]) for row in rows] == [(f"{x} + {y}", n) for x, y in PAIRS for n in names]
     for row, (x, y, n) in zip(rows, [(x, y, n) for x, y in PAIRS for n in names]):
         t = by_svd(abc[x][n], abc[y][n], 3, 1)
         assert [row["cosine"], row["φ outputs"], row["φ inputs"]] == pytest.approx(
@@ -199,10 +198,10 @@ def test_the_command_lists_the_methods_of_the_library(said):
     assert [row["method"] for row in rows] == list(table.index)
     for row in rows:
         expected = table.loc[row["method"]]
-        assert row["sees"] == expected.sees and row["order matters"] == str(expected["order matters"])
+        assert row["keeps"] == expected.keeps and row["order matters"] == str(expected["order matters"])
         assert row["options"] == expected.options and row["source"] == expected.source
     # And what is known of some of them from their papers.
     by = {row["method"]: row for row in rows}
-    assert by["opcm"]["sees"] == "one at a time" and by["opcm"]["order matters"] == "True"
-    assert by["tsv"]["sees"] == "all at once" and by["tsv"]["order matters"] == "False"
-    assert by["opcm"]["options"] == "alpha, variant, scale" and "regmean" not in by
+    assert by["opcm"]["keeps"] == "one sum" and by["opcm"]["order matters"] == "True"
+    assert by["tsv"]["keeps"] == "three sums" and by["tsv"]["order matters"] == "False"
+    assert by["opcm"]["options"] == "alpha, variant" and by["opcm"]["scale"] == "norm" and "regmean" not in by

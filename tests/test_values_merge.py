@@ -28,6 +28,8 @@ from by_hand import (
 from factories import dense_opcm
 from safetensors.torch import save_file
 
+import lora_opcm as lo
+
 SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
 CLIP = "text_model.encoder.layers.0.mlp.fc1"  # a module that kohya has a name for
 CLIP_CONFIG = {"auto_mapping": {"base_model_class": "CLIPTextModel"}}
@@ -149,10 +151,7 @@ def test_dtype_is_that_of_the_file_and_rounds_once(said, abc, tmp_path, dtype):
 @pytest.mark.parametrize("format, prefix", [("kohya", "lora_te_"), ("diffusers", "text_encoder.")])
 def test_format_is_that_of_the_file(said, tmp_path, format, prefix):
     rng = np.random.default_rng(0)
-    p, q = (
-        write_peft(tmp_path / n, random_factors(rng, {CLIP: (24, 16)}, 3), {CLIP: 6}, **CLIP_CONFIG)
-        for n in "pq"
-    )
+    p, q = (write_peft(tmp_path / n, random_factors(rng, {CLIP: (24, 16)}, 3), {CLIP: 6}, **CLIP_CONFIG) for n in "pq")
     said("merge", "p", "q", "-o", "m.safetensors", "--format", format, "--method", "cat", "--weights", "1,2")
     tensors = tensors_of(tmp_path / "m.safetensors")
     up, down = ("lora_up", "lora_down") if format == "kohya" else ("lora_B", "lora_A")
@@ -180,8 +179,8 @@ def test_a_recipe_names_all_that_went_in(said, abc, tmp_path):
         "torch",
     }
     assert recipe == {
-        "recipe": 1, "format": "peft", "dtype": "float64", "output_sha256": digest("m"),
-        "inputs": [{"name": n, "sha256": digest(n)} for n in "ba"],
+        "recipe": 2, "format": "peft", "dtype": "float64", "output_sha256": digest("m"),
+        "inputs": [{"name": n, "id": lo.load_adapter(tmp_path / n).id} for n in "ba"],
         "merge": {"method": "opcm", "alpha": 0.3, "variant": "fusionbench", "rank": 3, "weights": [1, -2]},
     }  # fmt: skip
     card = (tmp_path / "m" / "README.md").read_text()
@@ -206,9 +205,7 @@ def test_the_tolerance_is_twice_what_rounding_can_do(said, abc, tmp_path, dtype,
     said("merge", "a", "b", "-o", "m", "--method", "cat", "--dtype", dtype, "--rank", rank)
     found = json.loads(said("verify", "b", "a", "--against", "m", "--json").out)
     unit, tiny = UNIT[dtype], {"float16": 2**-25}.get(dtype, 0)  # half the smallest subnormal
-    assert found["tolerance"] == pytest.approx(
-        2 * rounding(tmp_path / "m", unit, tiny) + 1e-5, rel=2e-3, abs=1e-12
-    )
+    assert found["tolerance"] == pytest.approx(2 * rounding(tmp_path / "m", unit, tiny) + 1e-5, rel=2e-3, abs=1e-12)
     assert found["tolerance"] < 4 * unit * rank**0.25 * 1.1 + 1e-5  # as the help of the command says
     whole = combined(abc[:2], [1, 1])
     exact = {n: cut(d, rank)[0] for n, d in whole.items()}
@@ -220,7 +217,7 @@ def test_the_tolerance_is_twice_what_rounding_can_do(said, abc, tmp_path, dtype,
         gauge = 2.0 ** (torch.arange(rank) % 3 + 2)
         tensors[key] = (t.double() * gauge if "lora_B" in key else t.double() / gauge[:, None]).to(t.dtype)
     save_file(tensors, tmp_path / "m" / WEIGHTS)
-    found = json.loads(said("verify", "a", "b", "--against", "m", "--json").out)
+    found = json.loads(said("verify", "a", "b", "--against", "m", "--json", code=3).out)  # in other bytes
     expected = 2 * rounding(tmp_path / "m", unit, tiny) + 1e-5
     assert found["tolerance"] == pytest.approx(expected, rel=2e-3) and not found["unchanged"]
 
@@ -236,18 +233,21 @@ def test_verify_measures_the_distance_to_the_repeated_merge(said, abc, tmp_path,
         tensors[f"{PREFIX}{name}.lora_B.weight"] *= f
     if amount:
         save_file(tensors, file)
-    found = json.loads(said("verify", "a", "b", "c", "--against", "m", "--json", code=int(not same)).out)
+    found = json.loads(
+        said("verify", "a", "b", "c", "--against", "m", "--json", code=(3 if amount else 0) if same else 1).out
+    )
     off = norm({n: (factor[n] - 1) * merge[n] for n in merge}) / norm(merge)
     assert found["distance"] == pytest.approx(off, rel=1e-6, abs=1e-8) and found["same"] == same
     assert found["tolerance"] == pytest.approx(1e-5, rel=1e-6)  # float64: nothing for rounding
     assert found["unchanged"] == (amount == 0)
     worst = max(merge, key=lambda n: abs(factor[n] - 1) * np.linalg.norm(merge[n]))
-    assert amount == 0 or found["module that differs most"] == worst
-    for tolerance, code in ((off * 1.001 + 1e-8, 0), (max(off * 0.999 - 1e-8, 0), int(amount > 0))):
-        words = said(
-            "verify", "c", "b", "a", "--against", "m", "--tolerance", tolerance, code=code if off else 0
-        )
-        assert ("the same" in words.out) == (code == 0) and f"{off:.1e}"[:3] in words.out
+    assert amount == 0 or found["worst"] == worst
+    for tolerance, code in (
+        (off * 1.001 + 1e-8, 3 if amount else 0),
+        (max(off * 0.999 - 1e-8, 0), int(amount > 0)),
+    ):
+        words = said("verify", "c", "b", "a", "--against", "m", "--tolerance", tolerance, code=code if off else 0)
+        assert ("the same" in words.out) == (code != 1) and f"{off:.1e}"[:3] in words.out
 
 
 @pytest.mark.parametrize("change", ["module", "shape"])
@@ -258,4 +258,4 @@ def test_verify_of_other_modules_is_infinitely_far(said, abc, tmp_path, change):
     write_peft(tmp_path / "x", random_factors(np.random.default_rng(0), shapes, 2))
     (tmp_path / "x" / "merge_recipe.json").write_text(recipe)
     found = json.loads(said("verify", "a", "b", "--against", "x", "--json", code=1).out)
-    assert found["distance"] == math.inf and found["module that differs most"] == name and not found["same"]
+    assert found["distance"] == math.inf and found["worst"] == name and not found["same"]

@@ -54,9 +54,7 @@ def copy_scripts(app, error):
     for name in MATHJAX:
         source, target = mathjax / name, static / "mathjax" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copy2(
-            source, target
-        )
+        shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copy2(source, target)
 
 
 def drop_thebe(app, page, template, context, doctree):

@@ -80,9 +80,7 @@ def print_page(page, address: str) -> tuple[str, bytes]:
     page.wait_for_function(
         "() => [...document.querySelectorAll('.lo-figure')].every(f => f.dataset.drawn)", timeout=120_000
     )
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-container'))"
-    )
+    page.wait_for_function("() => [...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-container'))")
     title = page.locator("h1").first.evaluate(
         "h => h.firstChild.textContent + (h.querySelector('.section-number')?.nextSibling?.textContent ?? '')"
     )

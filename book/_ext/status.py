@@ -36,9 +36,7 @@ def executed(folder: Path) -> pd.DataFrame:
     rows = []
     for path in sorted(folder.glob("*.ipynb")):
         run = nbformat.read(path, 4).metadata.papermill
-        given = {
-            k: v for k, v in run.parameters.items() if k not in ("profile", "results", "trained", "adapters")
-        }
+        given = {k: v for k, v in run.parameters.items() if k not in ("profile", "results", "trained", "adapters")}
         rows.append(
             {
                 "experiment": path.stem,
@@ -60,13 +58,9 @@ def recorded(records: Path = RECORDS) -> pd.DataFrame:
     for path in sorted((ROOT / "data" / "results").glob("*.csv")):
         table = pd.read_csv(path)
         profile, version = table.profile[0], table.version[0]
-        if path.stem in _experiments() and (path.stem, profile) not in set(
-            zip(rows.experiment, rows.profile)
-        ):
+        if path.stem in _experiments() and (path.stem, profile) not in set(zip(rows.experiment, rows.profile)):
             said = {k: sorted(table[k].dropna().unique()) for k in ("texts", "seeds", "seed") if k in table}
-            said = {
-                k: "+".join(f"{v:g}" if k == "texts" else str(v) for v in found) for k, found in said.items()
-            }
+            said = {k: "+".join(f"{v:g}" if k == "texts" else str(v) for v in found) for k, found in said.items()}
             parameters = ", ".join(f"{k} = {v}" for k, v in said.items() if v.count("+") < 3)
             old.append([path.stem, profile, "", "", "", version, parameters])
     return pd.concat([rows, pd.DataFrame(old, columns=COLUMNS)], ignore_index=True)
@@ -107,13 +101,9 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     def cell(name: str, profile: str) -> str:
         found = runs[(runs.experiment == name) & (runs.profile == profile)]
         last = found.sort_values("started").drop_duplicates("machine", keep="last")
-        return "; ".join(map(where, last.itertuples())) or (
-            "not run" if profile in experiments[name] else "–"
-        )
+        return "; ".join(map(where, last.itertuples())) or ("not run" if profile in experiments[name] else "–")
 
-    return pd.DataFrame(
-        [{"experiment": link(name)} | {p: cell(name, p) for p in profiles} for name in experiments]
-    )
+    return pd.DataFrame([{"experiment": link(name)} | {p: cell(name, p) for p in profiles} for name in experiments])
 
 
 def log(runs: pd.DataFrame) -> str:

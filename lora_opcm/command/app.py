@@ -3,7 +3,7 @@
 import json
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from .console import (
     show,
     torch_dtype,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,7 +70,8 @@ def inspect(adapter: Source, as_json: AsJson = False):
         return
     show([{k: v for k, v in row.items() if k != "spectrum"} for row in rows], False)
     for key, value in summary.items():
-        say(f"{key}: {'; '.join(value) or 'nothing' if key == 'odd' else value}")
+        shown = f"{value:.5g}" if key == "norm" else value
+        say(f"{key}: {'; '.join(value) or 'nothing' if key == 'odd' else shown}")
 
 
 @app.command()
@@ -98,9 +102,7 @@ def compare(
             (i, j): similarity(loaded[i], loaded[j], k, l, steps.of(f"comparing {names[i]} + {names[j]}"))
             for i, j in combinations(range(len(loaded)), 2)
         }
-    size = (
-        f"leading {k} directions" if k == l else f"leading {k} directions of the first and {l} of the second"
-    )
+    size = f"leading {k} directions" if k == l else f"leading {k} directions of the first and {l} of the second"
     means = "" if modules else ", means over modules"
     rows = compared(names, tables, modules)
     show(rows, as_json, f"{size}{means}; 1 × chance is what unrelated adapters show")
@@ -139,9 +141,7 @@ def _method_names() -> list[str]:
 def merge_(
     adapters: Inputs,
     output: Output,
-    method: Annotated[
-        str, typer.Option(help="see `lora-opcm methods`", autocompletion=_method_names)
-    ] = "opcm",
+    method: Annotated[str, typer.Option(help="see `lora-opcm methods`", autocompletion=_method_names)] = "opcm",
     weights: Annotated[str | None, typer.Option(help="one factor per adapter, such as 0.7,-0.4")] = None,
     alpha: Annotated[float | None, typer.Option(min=0, max=1, help="OPCM's threshold")] = None,
     scale: Annotated[
@@ -184,15 +184,13 @@ def merge_(
         with Steps() as steps:
             inputs = [(path.name, load_adapter(path).id) for path in steps("hashing", adapters)]
             progress = steps.of(f"merging part {shard}")
-            path = merge_shard(
-                adapters, output, part, inputs=inputs, progress=progress, device=device, **call
-            )
+            path = merge_shard(adapters, output, part, inputs=inputs, progress=progress, device=device, **call)
         return note(f"wrote {path}: part {shard}; `lora-opcm join` takes all parts")
     with Steps() as steps:
         loaded = [load_adapter(path) for path in steps("reading", adapters)]
         checked(loaded, **call)
         if dry_run:
-            raise typer.Exit(_dry_run(loaded, call, output, overwrite, part, format))
+            raise typer.Exit(_dry_run(loaded, call, output, overwrite, part, format, torch_dtype(dtype)))
         recipe.refuse_existing(output, overwrite, format or loaded[0].format)
         inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
@@ -205,8 +203,7 @@ def _wrote(path: Path, merged) -> None:
     worst = max(merged.dropped, key=merged.dropped.get, default=None)
     lost = f"; the cut dropped at most {merged.dropped.get(worst, 0):.1%} of a module's squared norm ({worst})"
     note(
-        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}"
-        + lost * (merged.dropped.get(worst, 0) > 1e-9)
+        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}" + lost * (merged.dropped.get(worst, 0) > 1e-9)
     )
 
 
@@ -218,7 +215,13 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _dry_run(
-    loaded: list, call: dict, output: Path, overwrite: bool, part: tuple | None, format: str | None
+    loaded: list,
+    call: dict,
+    output: Path,
+    overwrite: bool,
+    part: tuple | None,
+    format: str | None,
+    dtype: "torch.dtype | None",
 ) -> int:
     from ..merging.plan import plan
     from . import recipe
@@ -230,7 +233,7 @@ def _dry_run(
     say(f"would merge {len(loaded)} adapters, {len(total)} modules, by {call}")
     rank = call.get("rank")
     say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
-    planned = plan(loaded, call["method"], rank=rank)
+    planned = plan(loaded, call["method"], rank=rank, dtype=dtype)
     say(
         f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"
         f" {planned.written / 1e6:.3g} MB, and take about {planned.seconds:.2g} s here"
@@ -306,9 +309,7 @@ def verify(
         verdict = f"another one, most in {found.worst}"
         if found.same:
             verdict = "the same" if found.unchanged else "the same within the tolerance, in other bytes"
-        say(
-            f"relative distance to the repeated merge {found.distance:.1e}, tolerance {found.tolerance:.1e}: {verdict}"
-        )
+        say(f"relative distance to the repeated merge {found.distance:.1e}, tolerance {found.tolerance:.1e}: {verdict}")
     raise typer.Exit((0 if found.unchanged else 3) if found.same else 1)
 
 

@@ -124,12 +124,8 @@ Output = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
 Rank = Annotated[int | None, typer.Option(min=1, help="cut the result to this rank per module")]
-Energy = Annotated[
-    float | None, typer.Option(min=0, max=1, help="cut each module to this share of its squared norm")
-]
-OutDType = Annotated[
-    DType | None, typer.Option("--dtype", help="of the output; the widest of the inputs unless given")
-]
+Energy = Annotated[float | None, typer.Option(min=0, max=1, help="cut each module to this share of its squared norm")]
+OutDType = Annotated[DType | None, typer.Option("--dtype", help="of the output; the widest of the inputs unless given")]
 OutFormat = Annotated[
     str | None,
     typer.Option("--format", help="of the output, peft, kohya or diffusers; that of the inputs unless given"),

@@ -14,8 +14,9 @@ import torch
 
 from ..files import Adapter, AdapterError, load_adapter, save_adapter, weights_of
 from ..files.disk import scratch, write_text
-from ..files.format import names_in
 from ..files.peft import CONFIG, WEIGHTS
+from ..files.table import names_in
+from ..lowrank import LowRank
 from ..merging.merge import merge
 from ..numerics import rounding
 from ..parallel import Progress
@@ -143,9 +144,7 @@ def refuse_existing(output: Path, overwrite: bool, format: str | None = None) ->
     if format == "peft" and output.is_file() and overwrite:
         raise AdapterError(f"{output}: a PEFT adapter is a folder, got a file that exists")
     if format not in (None, "peft") and (output.is_dir() or output.suffix != ".safetensors"):
-        raise AdapterError(
-            f"{output}: a {format} adapter is one file, expected a name ending in .safetensors"
-        )
+        raise AdapterError(f"{output}: a {format} adapter is one file, expected a name ending in .safetensors")
     if output.is_file() or output.suffix == ".safetensors" and not output.is_dir():
         files = [output, recipe_of(output)]
     else:
@@ -173,9 +172,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
         If the file is no recipe, or one of another version.
     """
     if not Path(path).is_file():
-        raise AdapterError(
-            f"{path}: expected a merge recipe there, got no file; --recipe names one elsewhere"
-        )
+        raise AdapterError(f"{path}: expected a merge recipe there, got no file; --recipe names one elsewhere")
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Recipe)
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -233,9 +230,16 @@ def distance(a: Adapter, b: Adapter) -> tuple[float, str]:
     for name, x in a.items():
         if x.shape != b[name].shape:
             return float("inf"), name
-        gaps[name] = (x.to(torch.float64) + -1 * b[name].to(torch.float64)).norm()
+        y, same = b[name], torch.equal(x.left, b[name].left) and torch.equal(x.right, b[name].right)
+        gaps[name] = 0.0 if same else _norm(x.to(torch.float64) + -1 * y.to(torch.float64))
     total = sum(g**2 for g in gaps.values()) ** 0.5
     return (total / b.norm() if total else 0.0), max(gaps, key=gaps.__getitem__)
+
+
+def _norm(update: LowRank) -> float:
+    """‖ΔW‖ of a difference: by triangular factors, since Gram matrices would lose half its digits."""
+    r_left, r_right = (torch.linalg.qr(x, mode="r")[1] for x in (update.left, update.right.mT))
+    return float((r_left @ r_right.mT).norm())
 
 
 def relative_rounding(adapter: Adapter) -> float:

@@ -29,9 +29,7 @@ def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: in
     """
     for (i, j), t in tables.items():
         if t.phi_left.isna().all():
-            raise ValueError(
-                f"{names[i]} and {names[j]}: no module is nonzero in both, there is nothing to report"
-            )
+            raise ValueError(f"{names[i]} and {names[j]}: no module is nonzero in both, there is nothing to report")
     parts = [
         (
             "By layer and kind of module",
@@ -70,19 +68,27 @@ def advice(names: Sequence[str], tables: Tables) -> list[str]:
         lines.append(
             f"{names[i]} and {names[j]}: outputs overlap {left:.1f} times chance (most in {where}), inputs {right:.1f} times; mean cosine {t.cosine.mean():.3f}."
         )
-    cosine = max(abs(t.cosine.mean()) for t in tables.values())
+    cosines = [float(t.cosine.mean()) for t in tables.values()]
     inputs = max((t.phi_right / t.null_right).mean() for t in tables.values())
-    if cosine > 0.3:
+    if max(cosines) > 0.3:
         lines.append(
-            "Some updates point the same way: a plain sum counts what they share twice. Prefer a mean, or a method that whitens (tsv, whitened_sum)."
+            "Some updates point the same way: a plain sum counts what they share twice. Prefer a mean, or a method that"
+            " whitens (tsv, whitened_sum)."
         )
-    elif inputs > 3:
+    if min(cosines) < -0.3:
         lines.append(
-            "Inputs are shared far beyond chance. Adapters that were trained from one random start do that whatever their tasks; if these were, do not read it as kinship."
+            "Some updates point opposite ways: a sum cancels what they disagree on, and no method keeps both. Weights"
+            " say which one to keep."
         )
-    else:
+    if max(map(abs, cosines)) <= 0.3 and inputs > 3:
         lines.append(
-            "The updates are nearly orthogonal and read different inputs: a sum keeps each of them, and its scale matters more than the method. Choose the scale on validation data if you have any."
+            "Inputs are shared far beyond chance. Adapters that were trained from one random start do that whatever"
+            " their tasks; if these were, do not read it as kinship."
+        )
+    elif max(map(abs, cosines)) <= 0.3:
+        lines.append(
+            "The updates are nearly orthogonal and read different inputs: a sum keeps each of them, and its scale"
+            " matters more than the method. Choose the scale on validation data if you have any."
         )
     lines.append(
         "How sure: on the eight tasks of the book, overlap did not rank the losses of pairs reliably (chapter 'Does overlap predict interference?'). Measure the merged adapter on your tasks."
@@ -90,13 +96,19 @@ def advice(names: Sequence[str], tables: Tables) -> list[str]:
     return lines
 
 
+def _layer(name: str) -> tuple[int, str]:
+    """The layer a module is of, and the kind of module it is there: the number after "layers" or "blocks", or the first."""
+    found = re.search(r"(?<=layers[._])\d+|(?<=layer[._])\d+|(?<=blocks[._])\d+", name) or re.search(r"\d+", name)
+    if not found:
+        return 0, name
+    return int(found[0]), f"{name[: found.start()]}·{name[found.end() :]}"
+
+
 def heat_map(names: Sequence[str], tables: Tables) -> go.Figure:
     """φ over its null by layer (columns) and kind of module (rows), one frame a pair and side."""
     figure, labels = go.Figure(), []
     for (i, j), t in tables.items():
-        numbers = [re.search(r"\d+", name) for name in t.index]
-        layer = [int(m[0]) if m else 0 for m in numbers]
-        kind = [re.sub(r"\d+", "·", name, count=1) for name in t.index]
+        layer, kind = zip(*map(_layer, t.index), strict=True)
         for side, word in (("left", "outputs"), ("right", "inputs")):
             grid = pd.DataFrame(
                 {"layer": layer, "kind": kind, "ratio": (t[f"phi_{side}"] / t[f"null_{side}"]).to_numpy()}

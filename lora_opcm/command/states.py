@@ -39,9 +39,7 @@ def add(
     method: Annotated[
         str | None, typer.Option(help="for a new state: opcm (default), whitened_sum or lora_opcm")
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(min=0, max=1, help="for a new state of opcm, default 0.5")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(min=0, max=1, help="for a new state of opcm, default 0.5")] = None,
     variant: Annotated[Variant | None, typer.Option(help="for a new state of opcm, default paper")] = None,
     power: Annotated[
         float | None, typer.Option(min=0, max=1, help="for a new state of whitened_sum, default 0.5")
@@ -183,6 +181,9 @@ def _table(stream: "Stream", as_json: bool) -> None:
     rows = stream.state.history
     if as_json:
         return show(rows, True)
-    options = ", ".join(f"{name} {value}" for name, value in stream.options.items() if value is not None)
+    shown = {"cap" if name == "rank" else name: value for name, value in stream.options.items()}
+    options = ", ".join(
+        f"{name} {value or 'none'}" if name == "cap" else f"{name} {value}" for name, value in shown.items()
+    )
     title = f"{stream.kind}, {options}: {len(rows)} taken in; shares are of a squared norm"
     show([{HEADS.get(k, k): v for k, v in row.items()} for row in rows], False, title)

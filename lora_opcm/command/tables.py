@@ -22,9 +22,7 @@ def inspected(adapter: Adapter, progress: Progress | None = None) -> tuple[list[
         for row in rows
         if 0 < len(row["spectrum"]) < row["rank"]
     ]
-    odd += [
-        f"{name} is stored in full ({tuple(t.shape)}), not as factors" for name, t in adapter.saved.items()
-    ]
+    odd += [f"{name} is stored in full ({tuple(t.shape)}), not as factors" for name, t in adapter.saved.items()]
     summary = {
         "source": adapter.source,
         "format": adapter.format,
@@ -32,7 +30,7 @@ def inspected(adapter: Adapter, progress: Progress | None = None) -> tuple[list[
         "dtype": str(adapter.dtype).removeprefix("torch."),
         "modules": len(rows),
         "numbers stored": sum(u.left.numel() + u.right.numel() for u in adapter.values()),
-        "norm": round(adapter.norm(), 4),
+        "norm": adapter.norm(),
         "id": adapter.id,
         "odd": odd,
     }
@@ -56,9 +54,7 @@ def _row(name: str, update: LowRank) -> dict:
     }
 
 
-def compared(
-    names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"], modules: bool
-) -> list[dict]:
+def compared(names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"], modules: bool) -> list[dict]:
     """One row a pair (or a module of a pair), from the `similarity` of each."""
     rows = []
     for (i, j), table in tables.items():

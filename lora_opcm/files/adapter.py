@@ -96,9 +96,7 @@ class Adapter(Mapping[str, LowRank]):
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.modules.values()})
-        return (
-            f"Adapter({len(self.modules)} modules, rank {ranks}, {self.dtype}, {self.format}, {self.source})"
-        )
+        return f"Adapter({len(self.modules)} modules, rank {ranks}, {self.dtype}, {self.format}, {self.source})"
 
     def __getitem__(self, name: str) -> LowRank:
         return self.modules[name]
@@ -211,9 +209,7 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adap
         for name in other.modules:
             kind = other.kinds.get(name, LINEAR)
             if kinds.setdefault(name, kind) != kind:
-                raise AdapterError(
-                    f"{both}: {name}: expected one kind of layer, got {kinds[name]} and {kind}"
-                )
+                raise AdapterError(f"{both}: {name}: expected one kind of layer, got {kinds[name]} and {kind}")
         for name in sorted(first.saved.keys() | other.saved.keys()):
             ours, theirs = first.saved.get(name), other.saved.get(name)
             if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):

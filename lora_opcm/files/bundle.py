@@ -69,9 +69,7 @@ def save_bundle(
     everything = dict(tensors) | {f"saved/{name}": t for name, t in like.saved.items()}
     path = Path(path)
     with replacing(path) as temporary:
-        write_safetensors(
-            temporary, {name: (t, t.dtype) for name, t in everything.items()}, {KEY: text}, str(path)
-        )
+        write_safetensors(temporary, {name: (t, t.dtype) for name, t in everything.items()}, {KEY: text}, str(path))
     return path
 
 

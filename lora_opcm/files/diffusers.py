@@ -22,9 +22,7 @@ SUFFIXES = {
 }
 
 
-def scales(
-    metadata: Mapping[str, str], names: Iterable[str], where: str
-) -> Callable[[str, int], float] | None:
+def scales(metadata: Mapping[str, str], names: Iterable[str], where: str) -> Callable[[str, int], float] | None:
     """(name, rank) → s for a diffusers file: the PEFT configs in its header, or None, which means s = 1.
 
     Raises

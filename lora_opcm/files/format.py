@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from .. import plugins
 from ..lowrank import LowRank
 from .adapter import LINEAR, Adapter, AdapterError
 
@@ -44,23 +42,6 @@ class Format:
     names: Callable[[Adapter], dict[str, str]]
     contents: Callable[[Adapter, Mapping[str, str], torch.dtype | None], Contents]
     scales: Callable[[Mapping[str, str], Iterable[str], str], Callable[[str, int], float] | None]
-
-
-@cache
-def formats() -> dict[str, Format]:
-    """The formats by name: PEFT, kohya, diffusers, and those of other packages (entry points `lora_opcm.formats`)."""
-    from . import diffusers, kohya, peft
-
-    return {f.name: f for f in (peft.FORMAT, kohya.FORMAT, diffusers.FORMAT)} | plugins.found("formats")
-
-
-def names_in(format: str, adapter: Adapter) -> dict[str, str]:
-    """Module name of an adapter → its name in a file of a format; AdapterError where there is none."""
-    if format not in formats():
-        raise AdapterError(f"{adapter.source}: format is {format!r}, expected one of {', '.join(formats())}")
-    if format == adapter.format:
-        return {name: name for name in adapter.modules}
-    return formats()[format].names(adapter)
 
 
 def no_names(format: str, adapter: Adapter) -> AdapterError:

@@ -91,9 +91,7 @@ class Scales:
             literals = {re.sub(r"\\(.)", r"\1", p[1:]): v for p, v in patterns.items()}
             known = [_anchored(name) for name in literals] == list(patterns)
             if not known and len(patterns) > 4096:
-                raise AdapterError(
-                    f"{where}: {len(patterns)} rank or alpha patterns are too expensive to match safely"
-                )
+                raise AdapterError(f"{where}: {len(patterns)} rank or alpha patterns are too expensive to match safely")
             self.literals.append(literals if known else {})
             self.expressions.append([] if known else [(self._compile(p), v) for p, v in patterns.items()])
 

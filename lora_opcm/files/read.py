@@ -15,9 +15,10 @@ from torch import Tensor
 from ..numerics import finite
 from . import peft
 from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError, Kind, widest
-from .format import Stored, formats
+from .format import Stored
 from .peft import CONFIG, WEIGHTS
 from .refusals import PICKLES, check_config, refuse
+from .table import formats
 
 MAX_TENSORS, MAX_NAME = 200_000, 500  # a hostile header must not cost more than a large adapter
 LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
@@ -190,9 +191,7 @@ def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Store
     update = Stored.fold(up, down, scale, alpha)
     if scale != 1 and not finite(update.left):
         raise AdapterError(f"{where}: {name}: scale {scale:g} times {parts['up']} overflows {update.dtype}")
-    largest = (
-        max(float(x.abs().max()) for x in (update.left, update.right)) if update.dtype == torch.float64 else 0
-    )
+    largest = max(float(x.abs().max()) for x in (update.left, update.right)) if update.dtype == torch.float64 else 0
     if largest > LARGEST:
         raise AdapterError(f"{where}: {name}: a factor holds {largest:.1e}, expected below {LARGEST:.0e}")
     return update

@@ -31,7 +31,6 @@ def adapter_path(task: str) -> Path:
     return folder
 
 
-
 def results(name: str) -> "pandas.DataFrame":
     """The published table `data/results/<name>.csv`."""
     import pandas as pd

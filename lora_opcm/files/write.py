@@ -11,9 +11,10 @@ import torch
 from . import peft
 from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError
 from .disk import replacing, scratch, write_bytes, write_safetensors
-from .format import formats, names_in, size_of
+from .format import size_of
 from .peft import CONFIG, WEIGHTS
 from .refusals import and_more
+from .table import formats, names_in
 
 
 def save_adapter(
@@ -64,9 +65,7 @@ def save_adapter(
         raise AdapterError(f"{path}: exists already, and overwriting is not asked for (overwrite=True)")
     odd = [n for n, kind in adapter.kinds.items() if kind.name == "embedding"] + list(adapter.saved)
     if odd:
-        raise AdapterError(
-            f"{adapter.source}: {odd[0]} is an embedding or a full tensor, which {format} cannot hold"
-        )
+        raise AdapterError(f"{adapter.source}: {odd[0]} is an embedding or a full tensor, which {format} cannot hold")
     contents = formats()[format].contents(adapter, names, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -102,9 +101,7 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
         raise AdapterError(f"{folder}: a PEFT adapter is a folder, got a file that exists")
     found = [name for name in (CONFIG, WEIGHTS, "adapter_model.bin") if (folder / name).exists()]
     if found and not overwrite:
-        raise AdapterError(
-            f"{folder}: {found[0]} exists already, and overwriting is not asked for (overwrite=True)"
-        )
+        raise AdapterError(f"{folder}: {found[0]} exists already, and overwriting is not asked for (overwrite=True)")
     sizes = {name: size_of(update) for name, update in adapter.modules.items()}
     config = peft.config_for(sizes, adapter.config, adapter.base_model)
     text = json.dumps(config, indent=2, sort_keys=True).encode()

@@ -31,9 +31,7 @@ def orthonormalise(x: Tensor) -> Tensor:
     return (Q * R.sign()[..., None, :]).to(x.dtype)
 
 
-def random_frame(
-    n: int, k: int, *, batch=(), generator: Generator | None = None, dtype=torch.float32
-) -> Tensor:
+def random_frame(n: int, k: int, *, batch=(), generator: Generator | None = None, dtype=torch.float32) -> Tensor:
     """Frame uniform (Haar) on the Stiefel manifold, shape=[..., n, k]; its span is uniform on Gr(k, n).
 
     Drawn in float64, then cast: a seed gives the same subspace in every dtype.

@@ -91,9 +91,7 @@ def _leading(x: Update, k: int | None, side: str, name: str, letter: str) -> Ten
     return x[..., :k]
 
 
-def similarity(
-    a: Updates, b: Updates, k: int = 8, l: int = 8, progress: Progress | None = None
-) -> "pandas.DataFrame":
+def similarity(a: Updates, b: Updates, k: int = 8, l: int = 8, progress: Progress | None = None) -> "pandas.DataFrame":
     """One row for each module that both adapters change.
 
     Parameters

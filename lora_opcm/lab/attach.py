@@ -32,8 +32,7 @@ def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
             if not prefix:
                 return adapter
             named = [
-                {prefix + n: x for n, x in part.items()}
-                for part in (adapter.modules, adapter.kinds, adapter.saved)
+                {prefix + n: x for n, x in part.items()} for part in (adapter.modules, adapter.kinds, adapter.saved)
             ]
             return replace(adapter.with_modules(named[0]), kinds=named[1], saved=named[2])
     unknown = next(name for name in adapter.modules if name not in modules)

@@ -103,8 +103,7 @@ class Evaluator(Remembering):
         self.base = load(base)
         if self.base.family == "causal":
             raise ValueError(
-                f"{base}: a causal language model has no frozen head; evaluate it with"
-                " lab.experiments.harness.Harness"
+                f"{base}: a causal language model has no frozen head; evaluate it with lab.experiments.harness.Harness"
             )
         self.model = self.base.model
         if torch.cuda.is_available():
@@ -159,9 +158,7 @@ class Evaluator(Remembering):
         return result
 
 
-def own_correct(
-    evaluator: Remembering, adapters: dict[str, Adapter], progress: str = ""
-) -> dict[str, np.ndarray]:
+def own_correct(evaluator: Remembering, adapters: dict[str, Adapter], progress: str = "") -> dict[str, np.ndarray]:
     """Each task with its own adapter: what merging is measured against."""
     found = {}
     for name in tqdm(evaluator.tasks, desc=progress, disable=not progress):

@@ -34,12 +34,8 @@ from .training import (
 
 def train(
     folder: Annotated[Path, typer.Argument(help="where the adapters and manifest.json go")],
-    task: Annotated[
-        list[str] | None, typer.Option(help="by name; the eight of the book unless given")
-    ] = None,
-    base: Annotated[
-        str, typer.Option(help="the base model: a hub name or a folder; tells the family")
-    ] = MINILM,
+    task: Annotated[list[str] | None, typer.Option(help="by name; the eight of the book unless given")] = None,
+    base: Annotated[str, typer.Option(help="the base model: a hub name or a folder; tells the family")] = MINILM,
     sources: Annotated[str, typer.Option(help="a folder with the data sets; empty: from the hub")] = "",
     seed: int = 0,
     rank: int = 16,
@@ -103,9 +99,7 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
     if main:
         found = last_checkpoint(run)
         count = processes().num_processes
-        told = [f"{count} processes"] * (count > 1) + [
-            f"resumed from {Path(found).name}" for found in [found] if found
-        ]
+        told = [f"{count} processes"] * (count > 1) + [f"resumed from {Path(found).name}" for found in [found] if found]
         typer.echo(", ".join([f"{name}: training", *told]))
     processes().wait_for_everyone()
     train_adapter(data, run, protocol, report_to=report_to)
@@ -126,9 +120,7 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
         manifest = read_manifest(folder) | {name: entry}
         write_text(folder / "manifest.json", json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
     shutil.rmtree(run, ignore_errors=True)  # checkpoints served their purpose
-    typer.echo(
-        f"{name}: " + (", ".join(f"{k.replace('_', '-')} {v:.1%}" for k, v in found.items()) or "trained")
-    )
+    typer.echo(f"{name}: " + (", ".join(f"{k.replace('_', '-')} {v:.1%}" for k, v in found.items()) or "trained"))
 
 
 def main():

@@ -109,9 +109,7 @@ def train_adapter(
     set_seed(start)
     base = load(protocol.base, protocol.quantise)
     if isinstance(base, Causal) != isinstance(task, Prompts):
-        raise ValueError(
-            f"{task.name} is no task for the base {protocol.base!r}, of the family {base.family}"
-        )
+        raise ValueError(f"{task.name} is no task for the base {protocol.base!r}, of the family {base.family}")
     options = {}
     if base.family != "causal":
         # A clone, because inference tensors cannot enter autograd.
@@ -165,8 +163,7 @@ def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> Tra
     at_once = min(protocol.device_batch or share, share)
     if share * count != protocol.batch_size or share % at_once:
         raise ValueError(
-            f"a batch of {protocol.batch_size} cannot be shared by {count} processes,"
-            f" {at_once} examples at once"
+            f"a batch of {protocol.batch_size} cannot be shared by {count} processes, {at_once} examples at once"
         )
     cuda = torch.cuda.is_available()
     return TrainingArguments(

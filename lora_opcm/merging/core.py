@@ -112,7 +112,10 @@ class Core:
         cores are lifted later; everything of size R is float64 on the CPU.
         """
         bases = []
-        for blocks in ([[u.left for u in us] for us in modules], [[u.right.mT for u in us] for us in modules]):
+        for blocks in (
+            [[u.left for u in us] for us in modules],
+            [[u.right.mT for u in us] for us in modules],
+        ):
             stack = torch.stack([side_by_side(b).mT for b in blocks]).mT
             there = stack.to(device)
             # MPS has no float64: what needs it is multiplied before it goes there.

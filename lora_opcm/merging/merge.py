@@ -114,9 +114,7 @@ class Part:
 
     def finish(self) -> Adapter:
         """Scaled, in the dtype of the inputs."""
-        return replace(
-            scaled(self.adapter, self.adapter.modules, self.factor), dropped=self.adapter.dropped
-        )
+        return replace(scaled(self.adapter, self.adapter.modules, self.factor), dropped=self.adapter.dropped)
 
 
 def merge(
@@ -228,9 +226,7 @@ def merge_part(
         dropped={name: found[name].dropped for name in shapes},
         dtype=dtype or merged.dtype,
     )
-    return Part(
-        merged, {name: found[name].sizes for name in shapes}, entry.scale if scale is None else scale
-    )
+    return Part(merged, {name: found[name].sizes for name in shapes}, entry.scale if scale is None else scale)
 
 
 def checked(

@@ -66,9 +66,7 @@ class Method:
 
     def __post_init__(self):
         if self.space not in SPACES:
-            raise ValueError(
-                f"{self.name}: space is {self.space!r}, expected one of {', '.join(map(repr, SPACES))}"
-            )
+            raise ValueError(f"{self.name}: space is {self.space!r}, expected one of {', '.join(map(repr, SPACES))}")
         if self.keeps not in KEEPS:
             raise ValueError(f"{self.name}: keeps is {self.keeps!r}, expected one of {', '.join(KEEPS)}")
         for name, p in self._parameters.items():
@@ -102,9 +100,7 @@ class Method:
     def check(self, **options: object) -> None:
         """Raise a ValueError for an option that the rule does not have, or a value that is none."""
         if unknown := options.keys() - self.options.keys():
-            raise ValueError(
-                f"{self.name} has no option {sorted(unknown)}; it takes {sorted(self.options) or 'none'}"
-            )
+            raise ValueError(f"{self.name} has no option {sorted(unknown)}; it takes {sorted(self.options) or 'none'}")
         expect_options(self.rule, **options)
 
 

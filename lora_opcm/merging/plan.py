@@ -24,7 +24,7 @@ from functools import cache
 
 import torch
 
-from ..files import Adapter, shapes_of
+from ..files import Adapter, combine, shapes_of
 from ..numerics import nonzero_svd
 from ..parallel import parallel_map
 from ..values import Limit, expect
@@ -177,7 +177,7 @@ def plan(
     count: int = 8,
     ranks: int | Sequence[int] = 16,
     rank: int | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     machine: Machine | None = None,
 ) -> Plan:
     """What `merge` would cost.
@@ -185,12 +185,14 @@ def plan(
     Parameters
     ----------
     what : dict of str to (int, int), or sequence of Adapter
-        Module → (m, n), for instance of a model on the meta device (`lab.shapes.linear_shapes`), with `count`
-        adapters of `ranks` in `dtype`; or the adapters themselves, which know all that.
+        Module → (m, n), for instance of a model on the meta device (`lab.bases.shapes.linear_shapes`), with `count`
+        adapters of `ranks`; or the adapters themselves, which know all that.
     ranks : int or sequence of int
         Of every adapter, or one number for each.
     rank : int, optional
         The result is cut to, as in `merge`.
+    dtype : torch.dtype, optional
+        Of the result; of shapes also of the adapters. Unless given, the widest of adapters, and float16 for shapes.
     machine : Machine, optional
         Measured here by `calibrate` unless given.
 
@@ -209,16 +211,18 @@ def plan(
         if len(ranks) != count:
             raise ValueError(f"expected {count} ranks, one per adapter, got {len(ranks)}")
         shapes, each = dict(what), dict.fromkeys(what, ranks)
+        dtype = dtype or torch.float16
+        read = sum((m + n) * sum(ranks) for m, n in shapes.values()) * dtype.itemsize
     else:
-        shapes, dtype = shapes_of(what), what[0].dtype
-        each = {name: [a.modules[name].rank for a in what if name in a.modules] for name in shapes}
+        shapes, dtype = shapes_of(what), dtype or combine(what, what[0]).dtype
+        each = {name: [a[name].rank for a in what if name in a] for name in shapes}
+        read = sum(sum(u.shape) * u.rank * a.dtype.itemsize for a in what for u in a.values())
     machine = machine or calibrate()
     found = {name: _module(method, *shape, each[name]) for name, shape in shapes.items()}
     products, work, passed = (sum(f[i] for f in found.values()) for i in range(3))
     largest = {name: rank or (max(each[name]) if entry.largest else found[name][4]) for name in found}
     kept = {name: min(f[4], largest[name]) for name, f in found.items()}
     numbers = sum((m + n) * kept[name] for name, (m, n) in shapes.items())
-    read = sum((m + n) * sum(each[name]) for name, (m, n) in shapes.items()) * dtype.itemsize
     written, held = numbers * dtype.itemsize, max(f[3] for f in found.values())
     return Plan(
         method, entry.space, len(shapes), max(map(sum, each.values())), max(kept.values()),

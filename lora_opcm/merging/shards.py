@@ -66,9 +66,7 @@ def merge_shard(
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"expected a shard (index, count) with 0 ≤ index < count, got {shard}")
-    part = merge_part(
-        [load_adapter(path, only=lambda name: belongs(name, shard)) for path in adapters], method, **call
-    )
+    part = merge_part([load_adapter(path, only=lambda name: belongs(name, shard)) for path in adapters], method, **call)
     said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
     content = Shard(
         shard=shard,
@@ -120,12 +118,9 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, list[tuple[
         raise AdapterError(f"expected {expected[0]} shards, got {len(found)}; missing: {missing}")
     parts = [found[index] for index in sorted(found)]
     # The list of target modules is gone from the config of a shard where it no longer holds.
-    like = next(
-        (p.adapter for p in parts if p.adapter.config.get("target_modules") is None), parts[0].adapter
-    )
+    like = next((p.adapter for p in parts if p.adapter.config.get("target_modules") is None), parts[0].adapter)
     fields = {
-        field: _united(getattr(p.adapter, field) for p in parts)
-        for field in ("modules", "kinds", "saved", "dropped")
+        field: _united(getattr(p.adapter, field) for p in parts) for field in ("modules", "kinds", "saved", "dropped")
     }
     whole = Part(replace(like, **fields), _united(p.sizes for p in parts), parts[0].scale)
     return whole.finish(), expected[1], expected[2]

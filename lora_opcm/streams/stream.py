@@ -196,9 +196,7 @@ class Stream(ABC, Generic[S]):
         updates = {module: self.export(kept) for module, kept in self.state.modules.items()}
         cut = parallel_map(lambda u: u.truncate(rank, energy), updates.values())
         dropped = {name: share for name, (_, share) in zip(updates, cut, strict=True)}
-        merged = scaled(
-            self.like, {n: u for n, (u, _) in zip(updates, cut, strict=True)}, self._factor(updates)
-        )
+        merged = scaled(self.like, {n: u for n, (u, _) in zip(updates, cut, strict=True)}, self._factor(updates))
         return replace(merged, dropped=dropped)
 
     def _factor(self, updates: Mapping[str, LowRank]) -> float:

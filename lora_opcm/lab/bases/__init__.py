@@ -60,9 +60,7 @@ def load(base: str = MINILM, quantise: str = "") -> Encoder | Clip | Causal:
     if kind == "causal":
         return Causal(base, quantise)
     if quantise:
-        raise ValueError(
-            f"{base}: quantise is {quantise!r}, but only causal language models are quantised here"
-        )
+        raise ValueError(f"{base}: quantise is {quantise!r}, but only causal language models are quantised here")
     return Encoder(base) if kind == "encoder" else Clip(base)
 
 

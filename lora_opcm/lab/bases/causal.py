@@ -34,9 +34,7 @@ class Causal:
             self.model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise AssetError(
-                f"cannot load the language model {name!r}: {str(error).strip().splitlines()[0]}"
-            ) from None
+            raise AssetError(f"cannot load the language model {name!r}: {str(error).strip().splitlines()[0]}") from None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # masked wherever it stands
 
@@ -76,9 +74,7 @@ def quantisation(quantise: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         If bitsandbytes is not installed, or 4 bits are asked for without a GPU.
     """
     kinds: dict[str, Callable] = {
-        "4bit": lambda: BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        ),
+        "4bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
         "8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
     }
     if quantise not in kinds:

@@ -43,9 +43,7 @@ def base_path(base: str = MINILM) -> str:
     with open(weights, "rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != MINILM_SHA256:
-        raise AssetError(
-            f"{weights}: sha256 is {found}, expected {MINILM_SHA256}; delete the folder and retry"
-        )
+        raise AssetError(f"{weights}: sha256 is {found}, expected {MINILM_SHA256}; delete the folder and retry")
     return str(weights.parent)
 
 

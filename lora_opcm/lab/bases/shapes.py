@@ -23,9 +23,7 @@ def _llama(width: int, hidden: int, layers: int, heads: int, kv: int | None = No
 
 
 def _bert(width: int, hidden: int, layers: int) -> BertConfig:
-    return BertConfig(
-        hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=12
-    )
+    return BertConfig(hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=12)
 
 
 # Published config.json files, in the numbers that matter to shapes.

@@ -46,9 +46,7 @@ def tiny(folder: Annotated[Path, typer.Argument(help="where the checkpoints and 
     disable_progress_bar()
     disable_progress_bars()
     data = {**texts(), **prompts()}
-    words = [
-        str(v) for splits in data.values() for rows in splits.values() for row in rows for v in _leaves(row)
-    ]
+    words = [str(v) for splits in data.values() for rows in splits.values() for row in rows for v in _leaves(row)]
     bert(folder / "tiny-bert", words)
     clip(folder / "tiny-clip", words)
     llama(folder / "tiny-llama", words)
@@ -151,9 +149,7 @@ def texts() -> dict[str, dict[str, Dataset]]:
     """The GLUE tasks: one word tells the label."""
     found = {}
     for name, (columns, _) in GLUE.items():
-        features = Features(
-            {c: Value("string") for c in np.atleast_1d(columns)} | {"label": ClassLabel(num_classes=2)}
-        )
+        features = Features({c: Value("string") for c in np.atleast_1d(columns)} | {"label": ClassLabel(num_classes=2)})
         found[name] = {}
         for split, size in (("train", TRAIN), ("validation", TEST)):
             lines = [f"{name} {split} {i} {'river' if i % 2 else 'cloud'}" for i in range(size)]

@@ -46,9 +46,7 @@ class Clip:
             # Pillow's resizing, also where torchvision is installed: one set of pixels everywhere.
             self.processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError) as error:
-            raise AssetError(
-                f"cannot load the CLIP model {name!r}: {str(error).strip().splitlines()[0]}"
-            ) from None
+            raise AssetError(f"cannot load the CLIP model {name!r}: {str(error).strip().splitlines()[0]}") from None
         self.scale = float(whole.logit_scale.detach().exp())
         self.text = whole
         # A model whose forward is the image embedding: what DistributedDataParallel and FSDP wrap.

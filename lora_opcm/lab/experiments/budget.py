@@ -17,9 +17,7 @@ def adapter_numbers(model: PreTrainedModel, rank: int = 16) -> int:
     return sum(rank * (m + n) for m, n in linear_shapes(model).values())
 
 
-def training_flops(
-    model: PreTrainedModel, tokens: float, rank: int | None = 16, recompute: bool = True
-) -> float:
+def training_flops(model: PreTrainedModel, tokens: float, rank: int | None = 16, recompute: bool = True) -> float:
     """Operations to train on `tokens`: a LoRA of `rank`, or with None everything."""
     active = parameters(model)[1]
     own = 6 * adapter_numbers(model, rank) if rank else 2 * active

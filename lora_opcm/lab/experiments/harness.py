@@ -65,9 +65,7 @@ class Harness(Remembering):
         try:
             import lm_eval  # noqa: F401
         except ImportError:
-            raise AssetError(
-                "language models are evaluated by lm-eval: pip install 'lora-opcm[llm]'"
-            ) from None
+            raise AssetError("language models are evaluated by lm-eval: pip install 'lora-opcm[llm]'") from None
         self.base = load(base, quantise)
         if not isinstance(self.base, Causal):
             raise ValueError(f"{base}: not a causal language model but of the family {self.base.family}")

@@ -54,9 +54,7 @@ def tune(
     if not entry.tuned:
         return entry.options, {}
     scores = {
-        scale: mean_accuracy(
-            validation.correct(merge(adapters, entry.method, rank=rank, scale=scale, **entry.options))
-        )
+        scale: mean_accuracy(validation.correct(merge(adapters, entry.method, rank=rank, scale=scale, **entry.options)))
         for scale in GRID
     }
     return entry.options | {"scale": max(scores, key=scores.get)}, scores

@@ -39,16 +39,12 @@ def load_vision_task(name: str, sources: str = "") -> Task:
         raise ValueError(f"{path}: expected the splits train and test, {sorted(missing)} is missing")
     for split in ("train", "test"):
         if missing := {"image", "label"} - set(data[split].column_names):
-            raise ValueError(
-                f"{path}: split {split!r} has columns {data[split].column_names}, not {sorted(missing)}"
-            )
+            raise ValueError(f"{path}: split {split!r} has columns {data[split].column_names}, not {sorted(missing)}")
     feature = data["train"].features["label"]
     given = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
     names = recipe.names or tuple(" ".join(word.replace("_", " ").split("/")).strip() for word in given)
     if not names:
-        raise ValueError(
-            f"{path}: the column 'label' is {feature}, without class names, and we have none for {name}"
-        )
+        raise ValueError(f"{path}: the column 'label' is {feature}, without class names, and we have none for {name}")
     if given and len(given) != len(names):
         raise ValueError(f"{path}: the dataset has {len(given)} classes, we name {len(names)}")
     held = min(VALIDATION, len(data["train"]) // 5)
@@ -62,9 +58,7 @@ def load_vision_task(name: str, sources: str = "") -> Task:
         name=name,
         labels=names,
         sentences=tuple(tuple(t.format(n) for t in recipe.templates) for n in names),
-        splits=DatasetDict(
-            {k: d.select_columns(keep).cast_column("image", Image()) for k, d in splits.items()}
-        ),
+        splits=DatasetDict({k: d.select_columns(keep).cast_column("image", Image()) for k, d in splits.items()}),
         column="image",
     )
 

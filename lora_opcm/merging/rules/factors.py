@@ -13,9 +13,7 @@ from ..core import Core
 from ..method import merge_method
 from .projection import projected_sum
 
-Grams = Annotated[
-    Sequence, Value("a dict of module → XᵀX for every adapter", lambda x: isinstance(x, Sequence))
-]
+Grams = Annotated[Sequence, Value("a dict of module → XᵀX for every adapter", lambda x: isinstance(x, Sequence))]
 
 
 @merge_method(
@@ -57,9 +55,7 @@ def sides(updates: Sequence[LowRank], gauge: str) -> tuple[list[LowRank], list[L
     return lefts, [LowRank(eye, u.right) for u, eye in zip(updates, eyes, strict=True)]
 
 
-@merge_method(
-    "regmean", space="updates", source="Jin et al., arXiv 2212.09849", keeps="dense sums", data=True
-)
+@merge_method("regmean", space="updates", source="Jin et al., arXiv 2212.09849", keeps="dense sums", data=True)
 def regmean(updates: Sequence[LowRank], grams: Grams = ()) -> LowRank:
     """Least squares on the outputs: (Σ ΔWₜGₜ)(Σ Gₜ)⁻¹ with Gₜ = XᵀX (n, n) of the layer's inputs on task t.
 
@@ -72,7 +68,5 @@ def regmean(updates: Sequence[LowRank], grams: Grams = ()) -> LowRank:
     wide: list[Tensor] = [g.to(updates[0].left.device, torch.float64) for g in grams]
     total = torch.stack(wide).sum(0)
     total += 1e-9 * total.diagonal().mean() * torch.eye(n).to(total)  # rank-deficient inputs
-    right = [
-        torch.linalg.solve(total, g @ u.right.double().mT).mT for u, g in zip(updates, wide, strict=True)
-    ]
+    right = [torch.linalg.solve(total, g @ u.right.double().mT).mT for u, g in zip(updates, wide, strict=True)]
     return LowRank(torch.cat([u.left.double() for u in updates], 1), torch.cat(right, 0))

@@ -82,7 +82,13 @@ class Sums:
         if (self.S.shape, self.L.shape, self.R.shape) != ((p, q), (p, p), (q, q)):
             found = [tuple(x.shape) for x in (self.S, self.L, self.R)]
             raise ValueError(f"expected S {(p, q)}, L {(p, p)} and R {(q, q)}, got {found}")
-        for name in ("left", "right", "S", "L", "R"):  # one layout: products of a state from a file round alike
+        for name in (
+            "left",
+            "right",
+            "S",
+            "L",
+            "R",
+        ):  # one layout: products of a state from a file round alike
             object.__setattr__(self, name, getattr(self, name).contiguous())
 
     @classmethod

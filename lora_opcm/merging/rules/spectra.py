@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...numerics import keep_rank, nonzero_svd
+from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
 from ...values import Energy, Limit, Share
 from ..core import Core
 from ..method import merge_method
@@ -33,16 +33,15 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
     left, spectrum, right = [u[:, :k]], [s[:k]], [vh[:k].mT]
     for c in cores if each else []:
         ut, st, vt = nonzero_svd(c - u[:, :k] @ (u[:, :k].mT @ c), core.dtype)
-        left.append(ut[:, :each])
-        spectrum.append(st[:each])
-        right.append(vt[:each].mT)
+        kept = min(each, int((st > RTOL_SINGLE * c.norm()).sum()))  # of a task the common ones hold, rounding is left
+        left.append(ut[:, :kept])
+        spectrum.append(st[:kept])
+        right.append(vt[:kept].mT)
     mean = torch.cat(spectrum).mean() if len(s) else 0.0
     return mean * polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).mT
 
 
-def leading(
-    x: Tensor, dtype: torch.dtype, rank: int | None, energy: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def leading(x: Tensor, dtype: torch.dtype, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD of x, cut as asked."""
     u, s, vh = nonzero_svd(x, dtype)
     k = keep_rank(s, rank, energy)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import geometry
+from ...numerics import RTOL_SINGLE
 from ...values import Count, Density, Limit, Rule
 from ..core import Core
 from ..method import merge_method
@@ -19,12 +20,16 @@ def onto(core: Core, left: Tensor, right: Tensor) -> Tensor:
 def leading(core: Core, k: int | None, common: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
     """The thin SVDs of the cores that are not zero, and k, their largest rank unless given.
 
-    With `common` it is cut to the directions that all of them have.
+    It is cut to what there is: with `common` to the directions that each of them has, else to what all of them span.
     """
     frames = [f for f in core.frames() if len(f[1])]
     ranks = [len(s) for _, s, _ in frames]
     k = k or max(ranks, default=0)
-    return frames, min([k, *ranks]) if common else k
+    if common or not frames:
+        return frames, min([k, *ranks])
+    stacks = [torch.cat(side, 1) for side in zip(*((u, vh.mT) for u, _, vh in frames), strict=True)]
+    spanned = [int((s > RTOL_SINGLE * s[0]).sum()) for s in map(torch.linalg.svdvals, stacks)]
+    return frames, min(k, *spanned)
 
 
 @merge_method("chordal_mean", source="this package", keeps="three sums")
@@ -74,9 +79,7 @@ def quotient_mean(core: Core, k: Limit = None, steps: Count = 50) -> Tensor:
 
 
 @merge_method("ctm", source="Compress then Merge, arXiv 2606.03723")
-def ctm(
-    core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5
-) -> Tensor:
+def ctm(core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5) -> Tensor:
     """Compress, then merge: shared k-dimensional subspaces of most energy, then a rule on k×k coordinates."""
     k = k or max(f.rank for f in core.factors)
     left, parts, right = canonical(core)

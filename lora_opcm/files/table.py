@@ -1,0 +1,23 @@
+"""The formats by name."""
+
+from functools import cache
+
+from .. import plugins
+from . import diffusers, kohya, peft
+from .adapter import Adapter, AdapterError
+from .format import Format
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """PEFT, kohya, diffusers, and those of other packages (entry points `lora_opcm.formats`)."""
+    return {f.name: f for f in (peft.FORMAT, kohya.FORMAT, diffusers.FORMAT)} | plugins.found("formats")
+
+
+def names_in(format: str, adapter: Adapter) -> dict[str, str]:
+    """Module name of an adapter → its name in a file of a format; AdapterError where there is none."""
+    if format not in formats():
+        raise AdapterError(f"{adapter.source}: format is {format!r}, expected one of {', '.join(formats())}")
+    if format == adapter.format:
+        return {name: name for name in adapter.modules}
+    return formats()[format].names(adapter)
