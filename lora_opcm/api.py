@@ -1,6 +1,7 @@
 """The public names of the package, which `lora_opcm` hands on when they are asked for."""
 
 from .files import Adapter, AdapterError, adapter_path, data_dir, load_adapter, save_adapter
+from .files.live import attach, from_peft
 from .gauge import align
 from .geometry import phi, principal_angles, similarity
 from .lowrank import LowRank
@@ -18,7 +19,9 @@ __all__ = [
     "SumMerger",
     "adapter_path",
     "align",
+    "attach",
     "data_dir",
+    "from_peft",
     "load_adapter",
     "merge",
     "merge_method",

@@ -132,7 +132,7 @@ class LowRank:
         return LowRank(self.left.new_zeros(self.shape[0], 0), self.right.new_zeros(0, self.shape[1]))
 
     def regauge(self, g: Tensor) -> "LowRank":
-        """The update with factors (left @ g, g⁻¹ @ right), g in GL(r), shape=[r, r]: the same to its dtype's rounding."""
+        """The same update to rounding, with factors (left @ g, g⁻¹ @ right) for g in GL(r), shape=[r, r]."""
         work = g.to(self.left.device, torch.float64)
         left = self.left.double() @ work
         right = torch.linalg.solve(work, self.right.double())

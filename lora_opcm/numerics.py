@@ -1,6 +1,7 @@
 """Precision: which directions are real, what rounding does, and products that no setting of torch can blur."""
 
 import threading
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from .values import Energy, Limit, expect
 
 # Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
-# a direction that small is noise, and treating it as a direction is the null-space trap of design.
+# a direction that small is noise: taken for a direction, it would be an arbitrary one.
 RTOL = {torch.float64: 1e-12}
 RTOL_SINGLE = 1e-6
+TIE = 1e-9  # relative; singular values of float64 cores nearer than that are equal
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +53,12 @@ def keep_rank(s: Tensor, rank: int | None = None, energy: float | None = None) -
     if energy is not None and k:
         share = s.double().square().cumsum(0)
         k = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
-    return min(k, len(s), rank if rank is not None else k)
+    k = min(k, len(s), rank if rank is not None else k)
+    if 0 < k < len(s) and bool(s[k - 1] - s[k] <= TIE * s[0]):
+        warnings.warn(
+            "a cut falls between equal singular values: which directions stay is decided by rounding", stacklevel=2
+        )
+    return k
 
 
 def finite(tensor: Tensor) -> bool:

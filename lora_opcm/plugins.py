@@ -11,7 +11,7 @@ def found(group: str) -> dict[str, Any]:
 
     Raises
     ------
-    ImportError
+    ValueError
         If one cannot be loaded; the message names the package that offers it.
     """
     loaded = {}
@@ -20,5 +20,5 @@ def found(group: str) -> dict[str, Any]:
             loaded[point.name] = point.load()
         except Exception as error:
             owner = point.dist.name if point.dist else point.value
-            raise ImportError(f"{owner}: its {group} {point.name!r} cannot be loaded: {error!r}") from error
+            raise ValueError(f"{owner}: its {group} {point.name!r} cannot be loaded: {error!r}") from error
     return loaded

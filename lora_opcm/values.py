@@ -20,12 +20,12 @@ class Value:
     fits: Callable[[Any], bool]
 
 
-def _number(x: object) -> bool:
+def _number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _count(x: object) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 1
+def _count(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 1
 
 
 def _norm(x: object) -> bool:
@@ -66,7 +66,7 @@ def expect(annotation: object, **given: object) -> None:
 
 def expect_options(function: Callable, **given: object) -> None:
     """`expect` of every option by the annotation it has among the parameters of `function`."""
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
     for name, x in given.items():
         expect(parameters[name].annotation, **{name: x})
 

@@ -57,7 +57,7 @@ def test_import_needs_little():
 ROOMS = "values plugins numerics parallel lowrank geometry gauge files merging streams testing api command lab site"
 INSIDE = {
     "geometry": "frames angles geodesics overlap means",
-    "files": "adapter format peft kohya refusals diffusers table disk read write bundle shipped",
+    "files": "adapter format peft kohya refusals diffusers table disk read write live bundle shipped",
     "merging": "core method rules merge plan shards",
     "streams": "stream opcm whitened_sum factors store",
     "command": "console card recipe tables drawing report states app",
@@ -133,7 +133,9 @@ def test_functions_named_on_the_notation_page_exist():
         elif first == "rules":
             found = importlib.import_module("lora_opcm.merging.rules")
         else:
-            found = getattr(lo, first, None) or importlib.import_module(f"lora_opcm.{first}")
+            merging = importlib.import_module("lora_opcm.merging")
+            found = getattr(lo, first, None) or getattr(merging, first, None)
+            found = found or importlib.import_module(f"lora_opcm.{first}")
         for part in rest:
             fields = getattr(found, "__dataclass_fields__", {})
             assert hasattr(found, part) or part in fields, f"{name}: the package has no such name"

@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator, Sized
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +50,7 @@ class Steps:
             self._bar.stop()
 
     def __call__(self, text: str, items: Iterable, total: int | None = None) -> Iterator:
-        task = self._bar.add_task(text, total=len(items) if total is None else total)
+        task = self._bar.add_task(text, total=len(items) if total is None and isinstance(items, Sized) else total)
         for item in items:
             yield item
             self._bar.advance(task)
@@ -113,7 +113,15 @@ def guarded(run: Callable[[], None]) -> None:
 
 # -- options that several commands take ----------------------------------------------------------------------
 
-DType = Enum("DType", {n: n for n in ("float64", "float32", "float16", "bfloat16")}, type=str)
+
+class DType(StrEnum):
+    """The dtypes that factors are written in."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
 
 Source = Annotated[Path, typer.Argument(help="a PEFT folder or a .safetensors file")]
 Inputs = Annotated[list[Path], typer.Argument(help="PEFT folders or .safetensors files")]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import torch
@@ -21,6 +21,8 @@ from ..merging.merge import merge
 from ..numerics import rounding
 from ..parallel import Progress
 from .card import CARD, RECIPE, card
+
+DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 class Input(msgspec.Struct):
@@ -37,7 +39,7 @@ class Recipe(msgspec.Struct, tag_field="recipe", tag=2):
     merge: dict[str, Any]
     dropped: dict[str, float]
     format: str
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    dtype: DTypeName
     output_sha256: str
     versions: dict[str, str]
 
@@ -118,7 +120,7 @@ def write_merge(
             merge=dict(call),
             dropped={name: share for name, share in merged.dropped.items() if share > 0},
             format=format,
-            dtype=str(dtype or merged.dtype).removeprefix("torch."),
+            dtype=cast(DTypeName, str(dtype or merged.dtype).removeprefix("torch.")),
             output_sha256=bytes_hash(made),
             versions={name: version(name) for name in ("lora-opcm", "torch")},
         )

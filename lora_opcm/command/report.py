@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,21 @@ from . import drawing
 
 Tables = Mapping[tuple[int, int], pd.DataFrame]  # (i, j) with i < j -> `similarity` of adapters i and j
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figcaption,.note{color:#555;font-size:.9rem}li{margin:.4rem 0}"""
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Overlap of $count LoRA adapters</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #222; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } li { margin: .4rem 0 }
+figcaption, .note { color: #555; font-size: .9rem }
+</style>
+<main><h1>Overlap of $names</h1>
+<p class=note>$k leading directions of the first and $l of the second update of a pair; outputs are the left, inputs the
+right singular vectors.</p>
+<h2>In words</h2><ul>$advice</ul>$figures</main></html>
+""")
+FIGURE = Template("<h2>$title</h2><figure>$figure<figcaption>$note</figcaption></figure>")
 
 
 def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: int) -> Path:
@@ -42,19 +56,22 @@ def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: in
             (
                 "A map of the adapters",
                 adapter_map(names, tables),
-                "Adapters whose leading subspaces overlap lie near each other; distances are approximate, axes have no meaning.",
+                "Adapters whose leading subspaces overlap lie near each other; distances are approximate, axes have no"
+                " meaning.",
             )
         )
-    body = "".join(
-        f"<h2>{title}</h2><figure>{pio.to_html(figure, include_plotlyjs=i == 0, full_html=False)}<figcaption>{note}</figcaption></figure>"
-        for i, (title, figure, note) in enumerate(parts)
+    drawn = [pio.to_html(figure, include_plotlyjs=i == 0, full_html=False) for i, (_, figure, _) in enumerate(parts)]
+    text = PAGE.substitute(
+        count=len(names),
+        names=html.escape(", ".join(names)),
+        k=k,
+        l=l,
+        advice="".join(f"<li>{html.escape(line)}</li>" for line in advice(names, tables)),
+        figures="".join(
+            FIGURE.substitute(title=title, figure=figure, note=note)
+            for (title, _, note), figure in zip(parts, drawn, strict=True)
+        ),
     )
-    listed = "".join(f"<li>{html.escape(line)}</li>" for line in advice(names, tables))
-    text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Overlap of {len(names)} LoRA adapters</title>'
-        f"<style>{STYLE}</style><main><h1>Overlap of {html.escape(', '.join(names))}</h1><p class=note>{k} leading directions of the first and {l} of the second update of a pair; outputs are the left, inputs the right singular vectors.</p>"
-        f"<h2>In words</h2><ul>{listed}</ul>{body}</main></html>"
-    )  # fmt: skip
     write_text(path, text)
     return path
 
@@ -66,7 +83,8 @@ def advice(names: Sequence[str], tables: Tables) -> list[str]:
         left, right = (t.phi_left / t.null_left).mean(), (t.phi_right / t.null_right).mean()
         where = t.index[(t.phi_left / t.null_left).argmax()]
         lines.append(
-            f"{names[i]} and {names[j]}: outputs overlap {left:.1f} times chance (most in {where}), inputs {right:.1f} times; mean cosine {t.cosine.mean():.3f}."
+            f"{names[i]} and {names[j]}: outputs overlap {left:.1f} times chance (most in {where}), inputs"
+            f" {right:.1f} times; mean cosine {t.cosine.mean():.3f}."
         )
     cosines = [float(t.cosine.mean()) for t in tables.values()]
     inputs = max((t.phi_right / t.null_right).mean() for t in tables.values())
@@ -91,13 +109,14 @@ def advice(names: Sequence[str], tables: Tables) -> list[str]:
             " matters more than the method. Choose the scale on validation data if you have any."
         )
     lines.append(
-        "How sure: on the eight tasks of the book, overlap did not rank the losses of pairs reliably (chapter 'Does overlap predict interference?'). Measure the merged adapter on your tasks."
+        "How sure: on the eight tasks of the book, overlap did not rank the losses of pairs reliably (chapter 'Does"
+        " overlap predict interference?'). Measure the merged adapter on your tasks."
     )
     return lines
 
 
 def _layer(name: str) -> tuple[int, str]:
-    """The layer a module is of, and the kind of module it is there: the number after "layers" or "blocks", or the first."""
+    """The layer a module is of (the number after "layers" or "blocks", or the first), and its name without it."""
     found = re.search(r"(?<=layers[._])\d+|(?<=layer[._])\d+|(?<=blocks[._])\d+", name) or re.search(r"\d+", name)
     if not found:
         return 0, name
@@ -106,7 +125,8 @@ def _layer(name: str) -> tuple[int, str]:
 
 def heat_map(names: Sequence[str], tables: Tables) -> go.Figure:
     """φ over its null by layer (columns) and kind of module (rows), one frame a pair and side."""
-    figure, labels = go.Figure(), []
+    figure = go.Figure()
+    labels: list[str] = []
     for (i, j), t in tables.items():
         layer, kind = zip(*map(_layer, t.index), strict=True)
         for side, word in (("left", "outputs"), ("right", "inputs")):

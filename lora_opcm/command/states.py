@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,14 @@ from .console import (
 if TYPE_CHECKING:
     from ..streams import Stream
 
-Variant = Enum("Variant", {name: name for name in ("paper", "fusionbench")}, type=str)
+
+class Variant(StrEnum):
+    """The two readings of OPCM's projection."""
+
+    paper = "paper"
+    fusionbench = "fusionbench"
+
+
 State = Annotated[Path, typer.Argument(help="a state file")]
 HEADS = {"name": "name", "norm": "norm", "lambda": "λ", "cleared": "projected out", "dropped": "cut by the cap",
          "rank": "rank"}  # fmt: skip

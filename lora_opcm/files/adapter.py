@@ -84,7 +84,7 @@ class Adapter(Mapping[str, LowRank]):
     config: dict = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype = None  # type: ignore[assignment]  # the widest of the factors, see __post_init__
     source: str = "adapter"
     dropped: dict[str, float] = field(default_factory=dict)
 

@@ -35,7 +35,7 @@ def karcher_mean(frames: Frames, weights: Weights = None, tol: float = 1e-12, ma
     π/4 (Afsari 2011); beyond it, a stationary point.
     """
     frames, w, _, dtype = collect64(frames, weights, None)
-    U, stack = chordal_mean(frames, w), torch.stack(frames)  # (n, k), (T, n, k)
+    U, stack = chordal_mean(frames, w), torch.stack(list(frames))  # (n, k), (T, n, k)
     share = torch.tensor(w, dtype=U.dtype, device=U.device) / sum(w)
     for _ in range(max_iter):
         H = (share[:, None, None] * log(U, stack)).sum(0)

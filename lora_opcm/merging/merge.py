@@ -19,13 +19,13 @@ from .method import Method, method_of
 
 BATCH = 2**28  # numbers that are stacked on a device at once
 Source = Adapter | str | os.PathLike
+Item = tuple[str, list[LowRank] | None, Core | None]  # name of a module; on a device, its updates and their core
 
 
 class Merged(NamedTuple):
     """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
 
-    `sizes` has, for every group (all methods but one have a single one), the squared norm of the uncut sum, then those of
-    its parts.
+    `sizes` has, for every group (`lora_opcm` has two), the squared norm of the uncut sum, then those of its parts.
     """
 
     update: LowRank
@@ -45,21 +45,25 @@ class Space(NamedTuple):
 
 def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> Merged:
     if isinstance(found, Tensor):
-        return Merged(*core.lift(found, rank, energy), [[float(found.square().sum()), *core.norms()]])
+        update, dropped = core.lift(found, rank, energy)
+        return Merged(update, dropped, [[float(found.square().sum()), *core.norms()]])
     # Columns in the core, rows in the coordinates of the layer's inputs: what cannot be lifted by rotation.
     update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
-    return Merged(*update.truncate(rank, energy), [[update.norm() ** 2, *core.norms()]])
+    size = update.norm() ** 2
+    update, dropped = update.truncate(rank, energy)
+    return Merged(update, dropped, [[size, *core.norms()]])
 
 
 def _leave_updates(updates: list[LowRank], found, rank: int | None, energy: float | None) -> Merged:
     update, sizes = found if isinstance(found, tuple) else (found, None)
     sizes = sizes or [[update.norm() ** 2, *(u.norm() ** 2 for u in updates)]]
-    return Merged(*update.truncate(rank, energy), sizes)
+    update, dropped = update.truncate(rank, energy)
+    return Merged(update, dropped, sizes)
 
 
 def _leave_dense(deltas: list[Tensor], found: Tensor, rank: int | None, energy: float | None) -> Merged:
-    cut = LowRank.from_dense(found).truncate(rank, energy)
-    return Merged(*cut, [[float(x.square().sum()) for x in (found, *deltas)]])
+    update, dropped = LowRank.from_dense(found).truncate(rank, energy)
+    return Merged(update, dropped, [[float(x.square().sum()) for x in (found, *deltas)]])
 
 
 SPACES = {
@@ -71,7 +75,7 @@ SPACES = {
 
 def merge_module(method: Method, inside: Any, rank: int | None, energy: float | None, options: Mapping) -> Merged:
     """The merge of one module, entered into the method's space already."""
-    cut = {"rank": rank, "energy": energy}
+    cut: dict[str, Any] = {"rank": rank, "energy": energy}
     early = {name: cut.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
     found = method.rule(inside, **options, **early)
     merged = SPACES[method.space].leave(inside, found, cut.get("rank"), cut.get("energy"))
@@ -197,7 +201,7 @@ def merge_part(
     entry, weights, merged = checked(adapters, method, weights, scale, rank, energy, **options)
     shapes = shapes_of(adapters)
 
-    def one(item: tuple[str, list[LowRank] | None, Core | None]) -> Merged:
+    def one(item: Item) -> Merged:
         name, updates, core = item  # without a device, updates are made when a module's turn comes
         inside = core or SPACES[entry.space].enter(updates or _updates(adapters, name, weights))
         cut = rank
@@ -207,7 +211,7 @@ def merge_part(
 
     found: dict[str, Merged] = {}
     if device is None:
-        items = [(name, None, None) for name in shapes]
+        items: list[Item] = [(name, None, None) for name in shapes]
         found |= dict(zip(shapes, parallel_map(one, items, progress), strict=True))
     else:
         batches = list(_batches(adapters, shapes))
@@ -218,8 +222,8 @@ def merge_part(
                 cores = Core.batch(parts, device)
             elif torch.device(device).type != "mps":  # which has no float64
                 parts = [[u.to(device) for u in updates] for updates in parts]
-            items = list(zip(names, parts, cores, strict=True))
-            found |= dict(zip(names, parallel_map(one, items), strict=True))
+            batch = list(zip(names, parts, cores, strict=True))
+            found |= dict(zip(names, parallel_map(one, batch), strict=True))
     modules = {name: found[name].update for name in shapes}
     merged = replace(
         merged.with_modules(modules),

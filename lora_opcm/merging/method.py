@@ -80,7 +80,7 @@ class Method:
 
     @cached_property
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        return dict(list(inspect.signature(self.rule).parameters.items())[1:])
+        return dict(list(inspect.signature(self.rule, eval_str=True).parameters.items())[1:])
 
     @cached_property
     def options(self) -> dict[str, object]:

@@ -214,9 +214,10 @@ def plan(
         dtype = dtype or torch.float16
         read = sum((m + n) * sum(ranks) for m, n in shapes.values()) * dtype.itemsize
     else:
-        shapes, dtype = shapes_of(what), dtype or combine(what, what[0]).dtype
+        shapes = shapes_of(what)
+        dtype = dtype or combine(what, what[0]).dtype
         each = {name: [a[name].rank for a in what if name in a] for name in shapes}
-        read = sum(sum(u.shape) * u.rank * a.dtype.itemsize for a in what for u in a.values())
+        read = sum((u.shape[0] + u.shape[1]) * u.rank * a.dtype.itemsize for a in what for u in a.values())
     machine = machine or calibrate()
     found = {name: _module(method, *shape, each[name]) for name, shape in shapes.items()}
     products, work, passed = (sum(f[i] for f in found.values()) for i in range(3))

@@ -119,7 +119,7 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, list[tuple[
     parts = [found[index] for index in sorted(found)]
     # The list of target modules is gone from the config of a shard where it no longer holds.
     like = next((p.adapter for p in parts if p.adapter.config.get("target_modules") is None), parts[0].adapter)
-    fields = {
+    fields: dict[str, Any] = {
         field: _united(getattr(p.adapter, field) for p in parts) for field in ("modules", "kinds", "saved", "dropped")
     }
     whole = Part(replace(like, **fields), _united(p.sizes for p in parts), parts[0].scale)

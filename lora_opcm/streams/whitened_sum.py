@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..lowrank import LowRank
-from ..merging.rules.frames import Sums
+from ..merging.rules.frames import Sums, refuse_flat
 from ..numerics import nonzero_svd, working_dtype
 from ..values import Limit, Scale, Share
 from .stream import State, Stream
@@ -31,6 +31,7 @@ class SumMerger(Stream[Sums]):
 
     def __init__(self, power: Share = 0.5, cap: Limit = None, scale: Scale = 1.0):
         super().__init__(power=power, cap=cap, scale=scale)
+        refuse_flat(power, cap)
 
     def grow(self, kept: Sums | None, update: LowRank) -> tuple[Sums, dict[str, float]]:
         sums = Sums.empty(*update.shape) if kept is None else kept
@@ -51,7 +52,7 @@ class SumMerger(Stream[Sums]):
             )
 
     def export(self, kept: Sums) -> LowRank:
-        dtype = working_dtype(self.like.dtype) if self.like is not None else kept.S.dtype
+        dtype = working_dtype(kept.S.dtype if self.like is None else self.like.dtype)
         u, s, vh = nonzero_svd(kept.core(), dtype)
         return LowRank(kept.left @ (u * s), vh @ kept.right.mT)
 

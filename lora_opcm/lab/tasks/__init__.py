@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ... import plugins
 from .hub import GLUE, load_hub_task
 from .prompts import Prompts, load_prompts
 from .task import Task
@@ -21,13 +22,17 @@ __all__ = [
 
 
 def load_named(name: str, sources: str = "") -> Task:
-    """A classification task the lab knows by name; `sources/<name>` in place of the hub where that is given.
+    """A classification task the lab knows by name, or one of another package (entry points `lora_opcm.tasks`).
+
+    `sources/<name>` stands in place of the hub where it is given.
 
     Raises
     ------
     ValueError
         For a name that no table has, with the names that exist.
     """
+    if name in (others := plugins.found("tasks")):
+        return others[name]()
     if name in GLUE:
         columns, sentences = GLUE[name]
         source = {"path": str(Path(sources, name))} if sources else {"path": "nyu-mll/glue", "config": name}
@@ -36,4 +41,4 @@ def load_named(name: str, sources: str = "") -> Task:
         return load_vision_task(name, sources)
     if name in tasks():
         return load_task(name)
-    raise ValueError(f"unknown task {name!r}; the tasks are {', '.join([*tasks(), *GLUE, *VISION])}")
+    raise ValueError(f"unknown task {name!r}; the tasks are {', '.join([*tasks(), *GLUE, *VISION, *others])}")

@@ -47,7 +47,7 @@ def ties(deltas: list[Tensor], density: Density = 0.2) -> Tensor:
 def dare(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> Tensor:
     """Drop entries at random, rescale the rest, add."""
     generator = torch.Generator().manual_seed(seed)
-    return sum(drop(d, density, generator) for d in deltas)
+    return sum((drop(d, density, generator) for d in deltas), torch.zeros_like(deltas[0]))
 
 
 @merge_method("dare_ties", space="dense", source="Yu et al., arXiv 2311.03099", keeps="dense sums", ordered=True)
@@ -60,7 +60,7 @@ def dare_ties(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> T
 @merge_method("magnitude_prune", space="dense", source="peft's magnitude_prune", keeps="dense sums")
 def magnitude_prune(deltas: list[Tensor], density: Density = 0.5) -> Tensor:
     """Trim small entries, add."""
-    return sum(trim(d, density) for d in deltas)
+    return sum((trim(d, density) for d in deltas), torch.zeros_like(deltas[0]))
 
 
 def canonical(core: Core) -> tuple[Tensor, list[Tensor], Tensor]:

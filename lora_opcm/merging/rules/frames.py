@@ -58,10 +58,24 @@ def whitening(core: Core) -> Tensor:
 @merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums")
 def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None) -> Tensor:
     """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. See above."""
+    refuse_flat(power, cap)
     sums = Sums.empty(*core.cores[0].shape)
     for frames in core.frames():
         sums = sums.add(frames, power, cap)
     return sums.left @ sums.core() @ sums.right.mT
+
+
+def refuse_flat(power: float, cap: int | None) -> None:
+    """Raise a ValueError if a cap would choose directions by a spectrum that `power` makes flat.
+
+    At power 1 the singular values of independent tasks are their norms, each as often as the task has directions:
+    which of them a cap keeps would be decided by rounding.
+    """
+    if power == 1 and cap is not None:
+        raise ValueError(
+            f"whitened_sum at power 1 leaves a flat spectrum, of which a cap of {cap} would keep what rounding"
+            " decides: expected a power below 1, or no cap"
+        )
 
 
 @dataclass(frozen=True, eq=False)

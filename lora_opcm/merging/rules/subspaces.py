@@ -70,7 +70,7 @@ def quotient_mean(core: Core, k: Limit = None, steps: Count = 50) -> Tensor:
     u, s, vh = torch.linalg.svd(core.total() / len(core.factors), full_matrices=False)
     mean = torch.cat([u[:, :k], vh[:k].mT]) * s[:k].sqrt()
     for _ in range(steps):
-        new = sum(x @ polar(x.mT @ mean) for x in points) / len(core.factors)
+        new = torch.stack([x @ polar(x.mT @ mean) for x in points]).sum(0) / len(core.factors)
         moved = float((new - mean).norm() / new.norm())
         mean = new
         if moved < 1e-12:
@@ -84,5 +84,5 @@ def ctm(core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5)
     k = k or max(f.rank for f in core.factors)
     left, parts, right = canonical(core)
     left, parts, right = left[:, :k], [c[:k, :k] for c in parts], right[:, :k]
-    merged = sum(parts) if rule == "sum" else elect([trim(c, density) for c in parts])
+    merged = torch.stack(parts).sum(0) if rule == "sum" else elect([trim(c, density) for c in parts])
     return left @ merged @ right.mT

@@ -1,0 +1,67 @@
+"""Adapters of models in memory, through peft's own files: what a file is refused for, a model is, too."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..lowrank import LowRank
+from .adapter import Adapter
+from .read import load_adapter
+from .write import save_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch.nn import Module
+
+
+def from_peft(model: "PeftModel", name: str | None = None) -> Adapter:
+    """The adapter of a `peft.PeftModel`, a copy of its numbers.
+
+    Parameters
+    ----------
+    name : str, optional
+        Which of the model's adapters; the active one unless given.
+
+    Raises
+    ------
+    AdapterError
+        For what is no plain LoRA, as `load_adapter`.
+    ValueError
+        If the model has no adapter of that name.
+    """
+    name = name or model.active_adapter
+    if name not in model.peft_config:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(model.peft_config)}")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=[name])
+        found = load_adapter(Path(folder) if name == "default" else Path(folder, name))
+        copies = {n: LowRank(u.left.clone(), u.right.clone()) for n, u in found.items()}
+        saved = {n: t.clone() for n, t in found.saved.items()}
+    return replace(found.with_modules(copies), saved=saved, source=f"adapter {name!r} of a {type(model).__name__}")
+
+
+def attach(model: "Module", adapter: Adapter, name: str = "merged") -> "PeftModel":
+    """The model with the adapter beside its weights, active, in peft's layers.
+
+    A `PeftModel` gets it beside the adapters it has; any other model is wrapped, and its layers are replaced.
+
+    Raises
+    ------
+    ValueError
+        If the model has an adapter of that name, or lacks a module of this one.
+    """
+    from peft import PeftModel
+
+    modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
+    if missing := [n for n in adapter if n not in modules]:
+        raise ValueError(f"the model has no module {missing[0]!r} ({len(missing)} of {len(adapter)} are missing)")
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise ValueError(f"the model has an adapter {name!r} already, expected another name")
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_adapter(replace(adapter, format="peft"), Path(folder, "adapter"))
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, path, adapter_name=name)
+        model.load_adapter(path, adapter_name=name)
+    model.set_adapter(name)
+    return model

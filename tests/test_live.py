@@ -1,0 +1,82 @@
+"""Adapters of models in memory: what a merge does to the logits of peft itself."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_opcm as lo
+
+IDS = torch.arange(12)[None]
+
+
+def base():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def trained(seed, **options):
+    """A model whose adapter does something."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], **options)
+    model = get_peft_model(base(), config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"down_proj": 3}}])
+def test_out_of_a_model_and_onto_another(options):
+    model = trained(1, **options)
+    adapter = lo.from_peft(model)
+    assert len(adapter) == 4
+    again = lo.attach(base(), adapter)
+    assert torch.allclose(logits(again), logits(model), atol=1e-5)
+    assert not torch.allclose(logits(again), logits(base()), atol=1e-2)
+
+
+def test_a_merge_goes_beside_the_adapters_of_a_model():
+    one, two = trained(1), trained(2)
+    merged = lo.merge(lo.from_peft(one), lo.from_peft(two), method="cat", weights=[0.5, -1.5])
+    before = logits(two)
+    model = lo.attach(two, merged)
+    assert model is two and set(two.peft_config) == {"default", "merged"} and two.active_adapter == "merged"
+    expected = base()
+    for name, update in merged.items():
+        expected.get_submodule(name).weight.data += update.delta()
+    assert torch.allclose(logits(two), logits(expected), atol=1e-5)
+    two.set_adapter("default")
+    assert torch.equal(logits(two), before)
+    assert (lo.from_peft(two, "merged") - merged).norm() < 1e-5 * merged.norm()
+
+
+def test_numbers_are_copies():
+    model = trained(1)
+    adapter = lo.from_peft(model)
+    size = adapter.norm()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert adapter.norm() == size
+
+
+def test_mistakes_are_named():
+    model = trained(1)
+    with pytest.raises(ValueError, match="no adapter 'other'; it has default"):
+        lo.from_peft(model, "other")
+    with pytest.raises(ValueError, match="adapter 'default' already"):
+        lo.attach(model, lo.from_peft(model), "default")
+    wrong = lo.Adapter({"layers.9.q_proj": lo.LowRank(torch.ones(2, 1), torch.ones(1, 2))})
+    with pytest.raises(ValueError, match="no module 'layers.9.q_proj'"):
+        lo.attach(base(), wrong)
+    with pytest.raises(lo.AdapterError, match="DoRA"):
+        lo.from_peft(trained(1, use_dora=True))
