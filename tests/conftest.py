@@ -1,6 +1,9 @@
 import os
 from collections import Counter
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker: two workers on two cores are in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

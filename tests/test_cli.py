@@ -247,8 +247,10 @@ def test_nothing_that_is_there_is_replaced_unasked(folder):
     (folder / "file").write_text("my notes")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for words in (
-        ["merge", "a", "b", "-o", "mine"], ["merge", "a", "b", "-o", "m.safetensors"], ["merge", "a", "b", "-o", "file"],
-        ["export", "s.safetensors", "-o", "a"], ["convert", "a", "-o", "b", "--to", "peft"], ["align", "a", "--to", "b", "-o", "c"],
+        ["merge", "a", "b", "-o", "mine"], ["merge", "a", "b", "-o", "m.safetensors"],
+        ["merge", "a", "b", "-o", "file"],
+        ["export", "s.safetensors", "-o", "a"], ["convert", "a", "-o", "b", "--to", "peft"],
+        ["align", "a", "--to", "b", "-o", "c"],
         ["compare", "a", "b", "--html", "file"],
     ):  # fmt: skip
         assert "exists already" in run(folder, *words, code=2).stderr

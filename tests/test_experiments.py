@@ -189,7 +189,8 @@ def status(monkeypatch, tmp_path):
     ):
         nb = nbformat.v4.new_notebook()
         nb.metadata["papermill"] = {
-            "parameters": {"profile": profile, "counts": [2, 8], "results": "_build"}, "start_time": started, "duration": 41.6,
+            "parameters": {"profile": profile, "counts": [2, 8], "results": "_build"},
+            "start_time": started, "duration": 41.6,
         }  # fmt: skip
         nbformat.write(nb, tmp_path / f"{name}.ipynb")
     return status

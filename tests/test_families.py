@@ -124,10 +124,14 @@ def write_knots(folder: Path, layers: int, width: int) -> Path:
     """A folder as KnOTS publishes them: LoRA on the vision tower alone, so names begin at `encoder`."""
     folder.mkdir(parents=True)
     config = {
-        "auto_mapping": {"base_model_class": "CLIPVisionTransformer", "parent_library": "transformers.models.clip.modeling_clip"},
-        "base_model_name_or_path": "openai/clip-vit-base-patch32", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "lora_alpha": 16, "lora_dropout": 0.1, "modules_to_save": None, "peft_type": "LORA", "r": 16,
-        "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "task_type": None,
+        "auto_mapping": {"base_model_class": "CLIPVisionTransformer",
+                         "parent_library": "transformers.models.clip.modeling_clip"},
+        "base_model_name_or_path": "openai/clip-vit-base-patch32", "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True, "lora_alpha": 16, "lora_dropout": 0.1, "modules_to_save": None,
+        "peft_type": "LORA", "r": 16,
+        "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"],
+        "task_type": None,
         "use_dora": False, "use_rslora": False,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -120,7 +120,8 @@ def test_seeds_are_drawn_once_for_all_tasks_and_methods():
         "own adapter": {"x": seeds * 0 + 1, "y": seeds * 0 + 1},
     }
     table = summary(fixed | {"m": {"x": seeds, "y": seeds}, "twin": {"x": seeds, "y": seeds},
-                             "rest": {"x": seeds, "y": 1 - seeds}, "two": {"x": seeds, "y": other}}, against="m")  # fmt: skip
+                             "rest": {"x": seeds, "y": 1 - seeds},
+                              "two": {"x": seeds, "y": other}}, against="m")  # fmt: skip
     law = binom.ppf([0.025, 0.975], 4, 1 / 4) / 4
     assert list(law) == [0, 0.75] == bounds(table, "m", "x", "accuracy") == bounds(table, "m", "mean", "accuracy")
     assert table.value["m", "x", "accuracy"] == 0.25

@@ -1,6 +1,5 @@
 """Somebody's own package: a method, a stream, a format and a task that appear everywhere without touching ours."""
 
-import json
 import subprocess
 import sys
 
@@ -79,9 +78,28 @@ own = mine:task
 """
 
 
+RUN = """
+import contextlib, io, json, sys
+import lora_opcm as lo
+from lora_opcm.command.app import main
+
+def run(*words, code=0):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            main([*words])
+        except SystemExit as end:
+            assert (end.code or 0) == code, (words, end.code)
+    return out.getvalue()
+
+def same(x, y):
+    return (x - y).norm() < 1e-5 * y.norm()
+"""
+
+
 @pytest.fixture
-def python(tmp_path, generator, monkeypatch):
-    """Run Python where the package is installed, in a folder with two adapters a and b."""
+def python(tmp_path, generator):
+    """Run a script where the package is installed, in a folder with two adapters a and b."""
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)
     (site / "mine.py").write_text(MODULE)
@@ -90,72 +108,66 @@ def python(tmp_path, generator, monkeypatch):
     for name in "ab":
         lo.save_adapter(adapter({"layers.0.q": (12, 10), "layers.1.q": (8, 14)}, 3, generator), tmp_path / name)
 
-    def run(*words, code=0):
-        script = f"import sys; sys.path.insert(0, sys.argv.pop(1)); sys.path.insert(0, {str(lo.data_dir().parent)!r}); "
-        command = [sys.executable, "-c", script + words[0], str(site), *words[1:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+    def run(script):
+        paths = f"import sys; sys.path[:0] = {[str(site), str(lo.data_dir().parent)]}\n"
+        done = subprocess.run(
+            [sys.executable, "-c", paths + RUN + script], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
         return done.stdout
 
     return run
 
 
-COMMAND = "from lora_opcm.command.app import main; main()"
+def test_a_method_of_their_own_appears_everywhere(python):
+    python("""
+row = next(row for row in json.loads(run("methods", "--json")) if row["method"] == "portion")
+assert (row["does"], row["keeps"], row["options"]) == ("A portion of the sum.", "one sum", "share"), row
+run("merge", "a", "b", "-o", "m", "--method", "portion", "--option", "share=0.25", "--rank", "2")
+whole = 0.25 * (lo.load_adapter("a") + lo.load_adapter("b"))
+assert same(lo.load_adapter("m"), whole.with_modules({n: u.truncate(2)[0] for n, u in whole.items()}))
+run("verify", "b", "a", "--against", "m")
+assert "by {'method': 'portion'}" in run("merge", "a", "b", "-o", "n", "--method", "portion", "--dry-run")
+run("merge", "a", "b", "-o", "n", "--method", "portion", "--option", "share=2", code=2)
+
+from lora_opcm.testing import check_method
+check_method("portion"), check_method("portion", share=1.0)
+
+from lora_opcm.lab.evaluation import Remembering  # a row of the bake-off is a name and its options
+from lora_opcm.lab.experiments.trials import Entry, bake
+
+class Sizes(Remembering):
+    fast, tasks = False, {"a": None, "b": None}
+    def _correct(self, adapter, names, progress):
+        return dict.fromkeys(names, 0.0 if adapter is None else adapter.norm())
+
+found = bake(Sizes(), {n: lo.load_adapter(n) for n in "ab"}, [Entry("P", "portion", {"share": 0.5})])
+assert abs(found["P"]["a"] - lo.merge("a", "b", method="cat", scale=0.5).norm()) < 1e-5
+""")
 
 
-def test_a_method_of_their_own_appears_everywhere(python, tmp_path):
-    rows = json.loads(python(COMMAND, "methods", "--json"))
-    assert {"method": "portion", "does": "A portion of the sum.", "keeps": "one sum"}.items() <= next(
-        row for row in rows if row["method"] == "portion"
-    ).items()
-    python(COMMAND, "merge", "a", "b", "-o", "m", "--method", "portion", "--option", "share=0.25", "--rank", "2")
-    a, b = (lo.load_adapter(tmp_path / n) for n in "ab")
-    expected = (0.25 * (a + b)).with_modules({n: u.truncate(2)[0] for n, u in (0.25 * (a + b)).items()})
-    assert (lo.load_adapter(tmp_path / "m") - expected).norm() < 1e-5 * expected.norm()
-    python(COMMAND, "verify", "b", "a", "--against", "m")
-    assert "by {'method': 'portion'}" in python(
-        COMMAND, "merge", "a", "b", "-o", "n", "--method", "portion", "--dry-run"
-    )
-    python(COMMAND, "merge", "a", "b", "-o", "n", "--method", "portion", "--option", "share=2", code=2)
-    python("from lora_opcm.testing import check_method; check_method('portion'); check_method('portion', share=1.0)")
-    # A row of the bake-off is a name and its options.
-    python(
-        "import lora_opcm as lo; from lora_opcm.lab.experiments.trials import Entry, bake;"
-        "from lora_opcm.lab.evaluation import Remembering\n"
-        "class Test(Remembering):\n"
-        "    fast, tasks = False, {'a': None, 'b': None}\n"
-        "    def _correct(self, adapter, names, progress): return dict.fromkeys(names, 0 if adapter is None else adapter.norm())\n"
-        "found = bake(Test(), {n: lo.load_adapter(n) for n in 'ab'}, [Entry('P', 'portion', {'share': 0.5})])\n"
-        "assert abs(found['P']['a'] - lo.merge('a', 'b', method='cat', scale=0.5).norm()) < 1e-5"
-    )
-
-
-def test_a_stream_of_their_own(python, tmp_path):
-    python(COMMAND, "add", "s.safetensors", "a", "--method", "plain_sum", "--scale", "0.5")
-    python(COMMAND, "add", "s.safetensors", "b")
-    python(COMMAND, "export", "s.safetensors", "-o", "m")
-    expected = 0.5 * (lo.load_adapter(tmp_path / "a") + lo.load_adapter(tmp_path / "b"))
-    assert (lo.load_adapter(tmp_path / "m") - expected).norm() < 1e-5 * expected.norm()
+def test_a_stream_a_format_and_a_task_of_their_own(python, tmp_path):
+    python("""
+run("add", "s.safetensors", "a", "--method", "plain_sum", "--scale", "0.5")
+run("add", "s.safetensors", "b")
+run("export", "s.safetensors", "-o", "m")
+a, b = lo.load_adapter("a"), lo.load_adapter("b")
+assert same(lo.load_adapter("m"), 0.5 * (a + b))
+a.save("a.safetensors", "toy")
+toy = lo.load_adapter("a.safetensors")
+assert toy.format == "toy" and (a - lo.Adapter(toy.modules)).norm() == 0
+from lora_opcm.lab.tasks import load_named
+assert load_named("own") == "a task"
+""")
     with pytest.raises(lo.AdapterError, match="a state of kind 'plain_sum', expected opcm"):
         lo.ContinualMerger.load(tmp_path / "s.safetensors")
-
-
-def test_a_format_of_their_own(python, tmp_path):
-    python(
-        "import lora_opcm as lo; a = lo.load_adapter('a'); a.save('a.safetensors', 'toy');"
-        "b = lo.load_adapter('a.safetensors'); assert b.format == 'toy' and (a - lo.Adapter(b.modules)).norm() == 0"
-    )
     with pytest.raises(lo.AdapterError):  # here it is not known
         lo.load_adapter(tmp_path / "a.safetensors")
 
 
-def test_a_task_of_their_own(python):
-    python("from lora_opcm.lab.tasks import load_named; assert load_named('own') == 'a task'")
-
-
 def test_what_cannot_be_loaded_says_whose_it_is(python, tmp_path):
     (tmp_path / "site" / "mine.py").write_text("import nothing_of_this_name")
-    script = "import lora_opcm as lo\ntry: lo.methods()\nexcept ValueError as e: print(e)"
+    script = "try: lo.methods()\nexcept ValueError as e: print(e)"
     assert "mine: its methods 'portion' cannot be loaded" in python(script)
 
 

@@ -188,7 +188,8 @@ def test_three_shards_give_the_bytes_of_one_process(method, inputs, tmp_path):
 
 
 def test_shards_in_processes_of_their_own(inputs, tmp_path):
-    code = "import sys; from lora_opcm.merging.shards import merge_shard; merge_shard(sys.argv[3:], sys.argv[2], (int(sys.argv[1]), 3))"
+    code = "import sys; from lora_opcm.merging.shards import merge_shard\n"
+    code += "merge_shard(sys.argv[3:], sys.argv[2], (int(sys.argv[1]), 3))"
     names = [tmp_path / f"{i}.safetensors" for i in range(3)]
     running = [subprocess.Popen([sys.executable, "-c", code, str(i), names[i], *inputs]) for i in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]

@@ -16,8 +16,8 @@ from playwright.sync_api import sync_playwright
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 SITE = Path(__file__).parent.parent / "_build" / "site"
 PAGE_BYTES = 3_000_000  # of one page, beside the scripts that all pages share
-FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 def _pages():
@@ -90,8 +90,8 @@ def test_page(name, page, server, tally):
     for i in range(figures.count()):
         figures.nth(i).scroll_into_view_if_needed()
         page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
-        marks = "i => document.querySelectorAll('.lo-figure')[i].querySelectorAll('.trace path, .points path, .heatmaplayer image, .gl-container canvas, .gl-container div').length"
-        assert page.evaluate(marks, i) > 0, "a figure without marks"
+        drawn = ".trace path, .points path, .heatmaplayer image, .gl-container canvas, .gl-container div"
+        assert figures.nth(i).locator(drawn).count() > 0, "a figure without marks"
         assert len(figures.nth(i).get_attribute("aria-label") or "") > 20, "a figure without alternative text"
     if page.locator(".math").count():
         page.wait_for_function("() => document.querySelectorAll('.math mjx-container').length > 0")
@@ -114,7 +114,8 @@ def test_page_fits_a_phone(name, browser, server):
     width = page.evaluate("document.documentElement.scrollWidth")
     cut = page.evaluate("""() => [...document.querySelectorAll("mjx-container:not([display])")].filter(m => {
         const block = m.closest("p, li, td, dd, blockquote");
-        return block && m.getBoundingClientRect().right > block.getBoundingClientRect().right + 1 && !block.closest(".pst-scrollable-table-container");
+        return block && m.getBoundingClientRect().right > block.getBoundingClientRect().right + 1
+            && !block.closest(".pst-scrollable-table-container");
     }).map(m => m.parentElement.textContent)""")
     page.close()
     assert width <= 375 and cut == []
@@ -207,7 +208,8 @@ def test_play_button_moves_the_figure(page, server):
             before = boxes.nth(i).evaluate("b => JSON.stringify(b.data.map(t => [t.x, t.y, t.z]))")
             button.click()
             page.wait_for_function(
-                "([i, b]) => JSON.stringify(document.querySelectorAll('.lo-figure')[i].data.map(t => [t.x, t.y, t.z])) !== b",
+                "([i, b]) => JSON.stringify("
+                "document.querySelectorAll('.lo-figure')[i].data.map(t => [t.x, t.y, t.z])) !== b",
                 arg=[i, before],
             )
             return

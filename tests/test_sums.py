@@ -1,5 +1,7 @@
 """Whitened sums: the theorem behind them, order, caps, streams."""
 
+import warnings
+
 import pytest
 import torch
 from factories import adapter, error
@@ -89,8 +91,7 @@ def test_removing_is_never_having_added(power):
 
 def test_removing_one_of_two_copies_or_of_shared_directions_keeps_the_other():
     a, b, c = stream(3)
-    both = a.with_modules({n: lo.LowRank(torch.cat([u.left, b.modules[n].left], 1),
-                                         torch.cat([u.right, b.modules[n].right])) for n, u in a.modules.items()})  # fmt: skip
+    both = a + b
     merger = lo.SumMerger().add(a).add(a).add(both).add(c)
     straight = lo.SumMerger().add(a).add(c)
     assert gap(merger.remove(both).remove(a).adapter(), straight.adapter()) < 1e-9
@@ -186,3 +187,17 @@ def test_damage_of_every_sort_is_an_adapter_error(damage, kind, tmp_path):
     save_file(tensors, path, metadata)
     with pytest.raises(lo.AdapterError, match="a damaged state"):
         kind.load(path)
+
+
+def test_what_a_flat_spectrum_cannot_decide_is_refused_or_said():
+    """At power 1 the singular values of independent tasks are their norms, each as often as there are directions."""
+    adapters = stream(3)
+    for refused in (lambda: lo.SumMerger(power=1, cap=4), lambda: lo.merge(adapters, "whitened_sum", power=1, cap=4)):
+        with pytest.raises(ValueError, match="power 1 leaves a flat spectrum, of which a cap of 4"):
+            refused()
+    with pytest.warns(UserWarning, match="between equal singular values"):
+        lo.merge(adapters, "whitened_sum", power=1, rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lo.merge(adapters, "whitened_sum", power=1, rank=3)  # all directions of the largest task
+        lo.merge(adapters, "whitened_sum", power=0.9, rank=2)
