@@ -51,8 +51,8 @@ pdf: book  ## the book as one file, _build/book.pdf (needs chromium)
 figures: $(BIN)/.ready  ## the pictures of README and link previews, from data/results
 	$(BIN)/python book/_ext/press.py figures
 
-lint: $(BIN)/.ready  ## ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(BIN)/.ready  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:  ## remove what was built; keeps .venv and the downloads
 	rm -rf _build

@@ -6,8 +6,8 @@ It says that a result changed, not which is right: that is for `test_references.
 Left out is what rounding decides, and no table can hold: `rank` and `energy` of a flat spectrum, whose leading
 directions are any (Iso-C, Iso-CTS, whitened sums of power 1; the last with a `cap` too); and chordal means of fewer
 directions than the only adapter of module c has, all of them being as good. Karcher means are in: of two subspaces
-with no right angle between them there is one, and the iteration starts there. `lora_opcm` depends on the gauge, and is in with
-the one of the fixed adapters.
+with no right angle between them there is one, and the iteration starts there. `lora_opcm` depends on the gauge, and
+is in with the one of the fixed adapters.
 """
 
 import json

@@ -103,6 +103,13 @@ def test_rooms_import_one_way():
                     assert inside.index(other[1]) < inside.index(parts[1]), f"{path} imports {'.'.join(other)}"
 
 
+@pytest.mark.slow
+def test_types_are_complete_outside_the_lab():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert (ROOT / "lora_opcm" / "py.typed").exists()
+
+
 @pytest.mark.parametrize("target", ["book", "test", "quick", "adapters", "publish", "clean"])
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)

@@ -26,15 +26,19 @@ FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-ba
 MARGIN = {"top": "20mm", "bottom": "20mm", "left": "18mm", "right": "18mm"}
 SCALE = 0.72  # of a page as the screen shows it
 PRINT = """
-.bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer, .bd-footer, .bd-footer-content,
+.bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer,
+.bd-footer, .bd-footer-content,
 button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
 .lo-figure .updatemenu-container, .lo-figure .slider-container, details.hide.above-input { display: none !important }
-.bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important; padding: 0 !important; margin: 0 !important }
-.bd-article { padding: 0 !important } .lo-figure, .bd-article tr, .proof, .admonition, .cell_input, .cell_output, div.highlight { break-inside: avoid }
+.bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important;
+  padding: 0 !important; margin: 0 !important }
+.bd-article { padding: 0 !important }
+.lo-figure, .bd-article tr, .proof, .admonition, .cell_input, .cell_output, div.highlight { break-inside: avoid }
 .lo-figure, .proof-title, .cell_input { break-after: avoid } .lo-caption { break-before: avoid }
 .bd-article pre, .bd-article pre span { white-space: pre-wrap !important; overflow-wrap: anywhere }
 div.cell_output .output.text_html, .pst-scrollable-table-container { overflow: visible !important }
-.bd-article table { font-size: 0.82em; max-width: 100% } .bd-article th, .bd-article td { white-space: normal !important }
+.bd-article table { font-size: 0.82em; max-width: 100% }
+.bd-article th, .bd-article td { white-space: normal !important }
 #jb-print-docs-body h1 { font-size: 2.2rem !important; text-align: left !important; margin: 0 0 1rem }
 details.toggle-details, details { display: block }
 """
@@ -94,7 +98,8 @@ def stamp(page, writer: PdfWriter, titles: list[str]) -> None:
         for number, title in enumerate(titles, 1)
     )
     page.set_content(
-        "<style>@page{margin:0} body{margin:0;font:8.5pt system-ui;color:#555} section{height:297mm;box-sizing:border-box;"
+        "<style>@page{margin:0} body{margin:0;font:8.5pt system-ui;color:#555}"
+        " section{height:297mm;box-sizing:border-box;"
         "padding:284mm 18mm 0;display:flex;justify-content:space-between;break-after:page;overflow:hidden}"
         f"</style>{feet}"
     )
@@ -136,7 +141,8 @@ def pdf(site: Path = ROOT / "_build" / "site", output: Path = ROOT / "_build" / 
                 rows.append(f"<tr><td>{escape(title)}</td><td>{number}</td></tr>")
                 number += len(reader.pages)
             page.set_content(
-                "<style>body{font:11pt system-ui}th{text-align:left;padding-top:1em}td:last-child{text-align:right;padding-left:2em}</style>"
+                "<style>body{font:11pt system-ui}th{text-align:left;padding-top:1em}"
+                "td:last-child{text-align:right;padding-left:2em}</style>"
                 f"<h1>{escape(chapters[0][1])}</h1><h2>Contents</h2><table>{''.join(rows)}</table>"
             )
             table = PdfReader(io.BytesIO(page.pdf(format="A4", margin=MARGIN)))

@@ -6,10 +6,10 @@ On many devices: `accelerate launch --config_file profiles/accelerate/many.yaml 
 import json
 import shutil
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from filelock import FileLock
 
@@ -22,11 +22,13 @@ from .evaluation import Evaluator
 from .tasks import load_named, load_prompts, tasks
 from .training import (
     DEFAULTS,
+    PROTOCOL,
     PUBLIC_NAME,
     Protocol,
+    Record,
     last_checkpoint,
-    manifest_entry,
     processes,
+    record_of,
     save_adapter_half,
     train_adapter,
 )
@@ -53,7 +55,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "device_batch": device_batch}
     options = DEFAULTS[kind] | {name: value for name, value in given.items() if value}
     options["evaluate_every"] = min(
-        options.get("evaluate_every", Protocol.evaluate_every), options.get("steps", Protocol.steps)
+        options.get("evaluate_every", PROTOCOL.evaluate_every), options.get("steps", PROTOCOL.steps)
     )
     protocol = Protocol(seed=seed, rank=rank, alpha=2 * rank, base=base, quantise=quantise, **options)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +66,14 @@ def train(
             typer.echo(f"{name}: up to date")
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict[str, Record]:
     """What `folder`/manifest.json says of each adapter; empty where there is none."""
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Record]) if path.exists() else {}
+
+
+def pretty(content: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n"
 
 
 def load_task_of(kind: str, name: str, sources: str):
@@ -81,11 +87,12 @@ def up_to_date(folder: Path, protocol: Protocol, name: str, sources: str) -> boo
     if not (folder / "adapter_model.safetensors").exists():
         return False
     try:
-        done = json.loads(own.read_text()) if own.exists() else read_manifest(folder.parent)[name]
-        same, data = Protocol(**done["protocol"]) == protocol, done["data_sha256"]
-    except (ValueError, LookupError, TypeError):  # torn, or of another version of the protocol
+        done = (
+            msgspec.json.decode(own.read_bytes(), type=Record) if own.exists() else read_manifest(folder.parent)[name]
+        )
+    except (msgspec.MsgspecError, UnicodeError, LookupError):  # torn, or of another version of the protocol
         return False
-    return same and data == load_task_of(family(protocol.base), name, sources).sha256
+    return done.protocol == protocol and done.data_sha256 == load_task_of(family(protocol.base), name, sources).sha256
 
 
 def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_to: str):
@@ -93,7 +100,7 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
     kind = family(protocol.base)
     data = load_task_of(kind, name, sources)
     # A run is resumed only by the protocol and the data that began it.
-    content = zlib.crc32(json.dumps([asdict(protocol), data.sha256]).encode())
+    content = zlib.crc32(msgspec.json.encode([protocol, data.sha256]))
     run = cache_dir() / "runs" / f"{slug(protocol.base)}-{name}-seed{protocol.seed}-{content:08x}"
     main = processes().is_main_process
     if main:
@@ -114,11 +121,11 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
         evaluator = Evaluator([data], base=protocol.base)
         found["zero_shot"] = round(float(evaluator.correct()[name].mean()), 4)
         found["own"] = round(float(evaluator.correct(load_adapter(folder / name))[name].mean()), 4)
-    entry = manifest_entry(data, folder / name, protocol, **found)
-    write_text(folder / name / "training.json", json.dumps(entry, indent=1) + "\n")
+    entry = record_of(data, folder / name, protocol, **found)
+    write_text(folder / name / "training.json", pretty(entry))
     with FileLock(folder / ".manifest.json.lock"):  # other tasks may train beside this one
         manifest = read_manifest(folder) | {name: entry}
-        write_text(folder / "manifest.json", json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+        write_text(folder / "manifest.json", pretty(dict(sorted(manifest.items()))))
     shutil.rmtree(run, ignore_errors=True)  # checkpoints served their purpose
     typer.echo(f"{name}: " + (", ".join(f"{k.replace('_', '-')} {v:.1%}" for k, v in found.items()) or "trained"))
 

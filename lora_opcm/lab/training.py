@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 import zlib
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -41,8 +41,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every adapter of the book shares; `rank` and `seed` vary."""
 
     rank: int = 16
@@ -68,6 +67,22 @@ class Protocol:
         return zlib.crc32(f"{task} {self.seed}".encode())
 
 
+PROTOCOL = Protocol()
+
+
+class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """What training.json says of one adapter, and manifest.json of all in a folder: by what it was made, on what."""
+
+    task: str
+    seed: int
+    sha256: str  # of the bytes of its weight file
+    data_sha256: str
+    protocol: Protocol
+    versions: dict[str, str]
+    zero_shot: float | None = None
+    own: float | None = None
+
+
 class HeadTrainer(Trainer):
     """Trainer whose logits are scaled cosines to a frozen head."""
 
@@ -87,7 +102,7 @@ class HeadTrainer(Trainer):
 def train_adapter(
     task: Task | Prompts,
     folder: Path | str,
-    protocol: Protocol = Protocol(),
+    protocol: Protocol = PROTOCOL,
     *,
     report_to: str = "none",
     quiet: bool = False,
@@ -257,15 +272,15 @@ def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: s
     return folder
 
 
-def manifest_entry(task: Task | Prompts, folder: Path, protocol: Protocol, **accuracy: float) -> dict:
-    """What data/adapters/manifest.json says about one adapter."""
+def record_of(task: Task | Prompts, folder: Path, protocol: Protocol, **accuracy: float) -> Record:
+    """The record of an adapter that was just written."""
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
-    return {
-        "task": task.name,
-        "seed": protocol.seed,
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "data_sha256": task.sha256,
-        "protocol": asdict(protocol),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    return Record(
+        task=task.name,
+        seed=protocol.seed,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        data_sha256=task.sha256,
+        protocol=protocol,
+        versions={name: version(name) for name in ("torch", "transformers", "peft")},
         **accuracy,
-    }
+    )
