@@ -37,11 +37,11 @@ ROOMS = {
     "merging": {
         "merging/core": "lowrank golden references scale",
         "merging/merge": "golden methods values_merge scale",
-        "merging/method": "methods lab",
+        "merging/method": "methods plugins references",
         "merging/shards": "scale",
-        "merging/plan": "plan values_report",
+        "merging/plan": "plan_costs plan values_report",
     },
-    "streams": {"streams/": "opcm sums values_states methods"},
+    "streams": {"streams/": "opcm sums values_states plugins methods"},
     "geometry": {"geometry/": "geometry similarity values references"},
     "gauge": {"gauge": "similarity lowrank values_states methods"},
     "command": {
