@@ -13,7 +13,7 @@ PROFILE ?= quick
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick adapters experiments publish bench pdf figures lint clean help
+.PHONY: book test quick mutants adapters experiments publish bench pdf figures lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -38,6 +38,9 @@ publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a
 
 quick: $(BIN)/.ready  ## the fast tests, under 2 minutes
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not browser and not nightly"
+
+mutants: $(BIN)/.ready  ## change the package in N=100 places drawn by SEED=0 (N=0: in all), one at a time: which do the fast tests miss?
+	$(BIN)/python tests/mutants.py $(or $(N),100) --seed $(or $(SEED),0) $(if $(LEAST),--least $(LEAST))
 
 adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or were trained otherwise
 	$(BIN)/python -m lora_opcm.lab.train data/adapters

@@ -170,6 +170,28 @@ def test_an_adapter_without_modules_leaves_a_state_that_goes_on(generator):
     merger = lo.ContinualMerger().add(lo.Adapter({}), name="none").add(a)
     assert len(merger.state.names) == len(merger.state.norms) == len(merger.state.history) == 2
     assert merger.state.history[0]["rank"] == 0 and merger.adapter().norm() == pytest.approx(a.norm() / 2)
+    row = {"name": "none", "norm": 0.0, "cleared": 0.0, "dropped": 0.0}
+    assert merger.state.history[0] == row | {"lambda": 1.0, "rank": 0}
+    merger.add(lo.Adapter({}), name="none")  # ‖S‖ = ‖a‖, of three adapters of mean norm ‖a‖ / 3
+    assert merger.state.history[2] == row | {"lambda": pytest.approx(3), "rank": 3}
+    sums = lo.SumMerger().add(lo.Adapter({})).add(a).add(lo.Adapter({}))
+    assert [row["rank"] for row in sums.state.history] == [0, 3, 3]
+
+
+def test_sums_of_factors_begin_with_nothing(generator):
+    """Of an adapter alone λ is 1; beside one without modules its norm is twice the mean."""
+    a = adapter({"w": (30, 20)}, 3, generator)
+    b, c = a.modules["w"].left.norm().item(), a.modules["w"].right.norm().item()
+    merger = lo.FactorMerger().add(lo.Adapter({})).add(a)
+    none, row = merger.state.history
+    for side, norm in (("left", b), ("right", c)):
+        assert (none[f"norm {side}"], none[f"cleared {side}"], none[f"lambda {side}"]) == (0.0, 0.0, 1.0)
+        assert row[f"norm {side}"] == pytest.approx(norm) and row[f"cleared {side}"] == pytest.approx(0, abs=1e-12)
+        assert row[f"lambda {side}"] == pytest.approx(2)
+    assert error(merger.adapter().modules["w"], a.modules["w"].delta().double() / 4) < 1e-6
+    assert error(lo.FactorMerger(scale=2).add(a).adapter().modules["w"], 2 * a.modules["w"].delta().double()) < 1e-6
+    half = lo.FactorMerger(scale="0.5norm").add(a).adapter().modules["w"]
+    assert error(half, a.modules["w"].delta().double() / 2) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])

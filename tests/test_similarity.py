@@ -3,6 +3,7 @@ import torch
 from factories import adapter, dense, error
 
 import lora_opcm as lo
+from lora_opcm.gauge import random_gauge, regauge
 
 SHAPES = {"a": (24, 30), "b": (30, 18)}
 
@@ -65,3 +66,25 @@ def test_align_rounds_once(dtype, unit, generator):
     for name, u in aligned.modules.items():
         exact = wide.modules[name].left
         assert float(((u.left.double() - exact) / exact).abs().max()) <= unit * 1.001
+
+
+def test_a_random_gauge_scales_orthonormal_columns_by_a_half_to_two():
+    G = random_gauge(400, torch.Generator().manual_seed(1))
+    gram = G.mT @ G
+    d = gram.diagonal().sqrt()
+    assert G.dtype == torch.float64 and float((gram - (d**2).diag()).abs().max()) < 1e-12
+    assert 0.5 <= float(d.min()) < 0.51 and 1.95 < float(d.max()) <= 2
+    assert float(d.log2().mean()) == pytest.approx(0, abs=0.1)  # as often larger as smaller
+    assert torch.equal(G, random_gauge(400, torch.Generator().manual_seed(1)))
+
+
+def test_regauge_is_told_by_its_seed_and_of_each_module_another(generator):
+    a = adapter({"a": (9, 7), "b": (9, 7)}, 3, generator, torch.float64)
+    one, same, other = regauge(a), regauge(a, 0), regauge(a, 1)
+    gauges = [torch.linalg.lstsq(a.modules[n].left, x.modules[n].left).solution for x in (one, other) for n in "ab"]
+    drawn = torch.Generator().manual_seed(0)
+    for n, found in zip("ab", gauges):
+        assert torch.equal(one.modules[n].left, same.modules[n].left)
+        assert float((found - random_gauge(3, drawn)).abs().max()) < 1e-12
+        assert error(one.modules[n], a.modules[n].delta()) < 1e-12
+    assert float((gauges[0] - gauges[2]).abs().max()) > 0.1

@@ -200,9 +200,9 @@ class Stream(ABC, Generic[S]):
         return replace(merged, dropped=dropped)
 
     def _factor(self, updates: Mapping[str, LowRank]) -> float:
-        times = norms(self.options.get("scale", 1.0))
-        if times is None:
-            return float(self.options["scale"])
+        scale = self.options.get("scale", 1.0)
+        if (times := norms(scale)) is None:
+            return float(scale)
         size = sum(u.norm() ** 2 for u in updates.values()) ** 0.5
         return times * sum(self.state.norms) / len(self.state.norms) / size if size else 1.0
 

@@ -1,0 +1,115 @@
+"""What other packages add through entry points: methods, streams; and packages that cannot be loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from factories import adapter, error
+from torch import Tensor
+
+import lora_opcm as lo
+from lora_opcm import plugins
+from lora_opcm.lowrank import LowRank
+from lora_opcm.merging import method, table
+from lora_opcm.merging.core import Core
+from lora_opcm.merging.method import merge_method
+from lora_opcm.streams import Stream, load_stream, streams
+from lora_opcm.values import Share
+
+
+@pytest.fixture
+def offer(monkeypatch):
+    """Offer (group, name, function that loads it, package) as an entry point, as if that package were installed."""
+    before, kinds = dict(method._table), dict(Stream.kinds)
+
+    def offer(group, name, load, package="theirs"):
+        dist = package and SimpleNamespace(name=package)
+        points = {f"lora_opcm.{group}": [SimpleNamespace(name=name, load=load, value="theirs.module", dist=dist)]}
+        monkeypatch.setattr(plugins, "entry_points", lambda group: points.get(group, []))
+        plugins.found.cache_clear()
+        method._loaded.clear()
+
+    yield offer
+    plugins.found.cache_clear()
+    for held, was in ((method._loaded, {}), (method._table, before), (Stream.kinds, kinds)):
+        held.clear()
+        held.update(was)
+
+
+def test_a_method_of_another_package_is_loaded_once_and_merges(offer):
+    loads = []
+
+    def load():
+        @merge_method("a_share", source="theirs", keeps="one sum")
+        def a_share(core: Core, share: Share = 0.5) -> Tensor:
+            """A share of the sum."""
+            return share * core.total()
+
+        loads.append(a_share)
+        return a_share
+
+    offer("methods", "a_share", load)
+    known = set(table())
+    assert "a_share" in known and {"opcm", "cat"} < known and set(table()) == known
+    assert len(loads) == 1
+    generator = torch.Generator().manual_seed(0)
+    a, b = (adapter({"w": (9, 7)}, 2, generator, torch.float64) for _ in range(2))
+    for options, share in (({}, 0.5), ({"share": 0.25}, 0.25)):
+        expected = share * (a.modules["w"].delta() + b.modules["w"].delta())
+        assert error(lo.merge(a, b, method="a_share", **options).modules["w"], expected) < 1e-12
+
+
+def test_a_stream_of_another_package_saves_and_loads(offer, tmp_path):
+    class Last(Stream[LowRank]):
+        """Keeps the last adapter."""
+
+        kind = "last"
+
+        def __init__(self, share: Share = 1.0):
+            super().__init__(share=share)
+
+        def grow(self, kept, update):
+            return update, {"came": 2.0}
+
+        def export(self, kept):
+            return kept
+
+        def shape(self, kept):
+            return kept.shape
+
+        def pack(self, kept):
+            return {"left": kept.left, "right": kept.right}
+
+        def unpack(self, tensors):
+            return LowRank(tensors["left"], tensors["right"])
+
+    Stream.kinds.pop("last")  # until the package is loaded
+    offer("streams", "last", lambda: Stream.kinds.update(last=Last))
+    assert set(streams()) == {"opcm", "whitened_sum", "lora_opcm", "last"}
+    assert Last.defaults() == {"share": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    a, b = (adapter({"v": (9, 7), "w": (5, 4)}, 2, generator, torch.float64) for _ in range(2))
+    last = Last(share=0.3).add(a).add(b)
+    # Numbers of `grow` add up over modules, and are the record unless the stream says otherwise.
+    assert [row["came"] for row in last.state.history] == [4.0, 4.0]
+    last.save(tmp_path / "s")
+    found = load_stream(tmp_path / "s")
+    assert type(found) is Last and found.share == 0.3 and found.state.history == last.state.history
+    for name in ("v", "w"):  # without a scale of its own a stream is taken as it is
+        assert error(found.adapter().modules[name], b.modules[name].delta()) < 1e-12
+    with pytest.raises(AttributeError, match="Last has no attribute 'alpha'"):
+        _ = last.alpha
+    with pytest.raises(ValueError, match="cannot remove"):  # it does not shrink
+        last.remove(a)
+
+
+@pytest.mark.parametrize("package, owner", [("theirs", "theirs"), (None, "theirs.module")])
+def test_what_cannot_be_loaded_is_named(offer, package, owner):
+    offer("methods", "broken", lambda: 1 / 0, package)
+    with pytest.raises(ValueError, match=f"^{owner}: its methods 'broken' cannot be loaded: ZeroDivisionError"):
+        table()
+
+
+def test_names_of_methods_are_taken_once():
+    with pytest.raises(ValueError, match="there is a method 'cat' already, from lora_opcm.merging.rules.sums"):
+        merge_method("cat", source="theirs")(lambda core: core.total())

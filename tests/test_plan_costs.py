@@ -1,0 +1,175 @@
+"""What a plan counts, against the same counts written out factorisation by factorisation; and what it measures."""
+
+import sys
+
+import pytest
+import torch
+
+import lora_opcm as lo
+from lora_opcm.merging import table
+from lora_opcm.merging.plan import Machine, calibrate
+
+PLAN = sys.modules[lo.plan.__module__]
+RANKS = [4, 2, 3]
+R, T = sum(RANKS), len(RANKS)
+SIZES = [(24, 16), (24, 7), (7, 24), (8, 6)]  # room for all ranks; on one side; on none
+CALL = 2e6  # operations that starting a factorisation costs
+
+
+# Golub and Van Loan, for p×q: Householder QR with Q, SVD through the Gram matrix, SVD by divide and conquer
+def leading(square, cube, p, q):
+    p, q = max(p, q), min(p, q)
+    return square * p * q * q + cube * q * q * q + CALL
+
+
+def qr(p, q):
+    return leading(4, 0, p, q)
+
+
+def svd(p, q):
+    return leading(2, 11, p, q)
+
+
+def thin(p, q):
+    return leading(4, 14, p, q)
+
+
+def frames(p, q):
+    """QR of both factors of every core, SVD of r×r, both frames rotated."""
+    return sum(qr(p, r) + qr(q, r) + thin(r, r) + 2 * p * r * r + 2 * q * r * r for r in RANKS)
+
+
+def both(cost, p, q, *rest):
+    return cost(p, *rest) + cost(q, *rest)
+
+
+def opcm(p, q):
+    """Of the sums of 4 and 6 directions: an SVD, and UᵀΔV, U(…)V and what is cleared: three products a side."""
+    found = 0.0
+    for done in (4, 6):
+        a, b = min(done, p), min(done, q)
+        found += svd(a, b) + 3 * a * b * p + 3 * a * b * q
+    return found
+
+
+def whitening(p, q):
+    stacks = [min(done, p, q) for done in (6, 9)]
+    return frames(p, q) + sum(both(thin, p, q, s) + 2 * p * s * s + 2 * q * s * s for s in stacks)
+
+
+def whitened_sum(p, q):
+    found = frames(p, q) + 27 * p**3  # three eigenproblems of 9p³
+    for done, rank in ((4, 4), (6, 2), (9, 3)):
+        found += 12 * min(done, p, q) ** 3 + both(thin, p, q, rank) + 8 * (p + q) * min(done, p) * rank
+    return found
+
+
+def chordal(p, q):
+    return frames(p, q) + both(thin, p, q, R)
+
+
+def canonical(p, q):
+    return svd(p, T * q) + svd(q, T * p)
+
+
+IN_CORE = {
+    "svd": svd, "iso_c": svd, "opcm": opcm, "whitening": whitening, "whitened_sum": whitened_sum,
+    "chordal_mean": chordal, "core_ties": canonical, "core_dare_ties": canonical, "ctm": canonical,
+    "tsv": lambda p, q: frames(p, q) + 2 * thin(p, R) + 4 * p * q * R,
+    "iso_cts": lambda p, q: svd(p, q) + (T + 2) * thin(p, q),
+    "karcher_mean": lambda p, q: chordal(p, q) + 100 * (T + 1) * both(thin, p, q, 2),
+    "quotient_mean": lambda p, q: frames(p, q) + thin(p, q) + 50 * T * (thin(2, 2) + 4 * p * 4 + 4 * q * 4),
+    "knots_ties": lambda p, q: svd(p, T * q),
+    "cat": lambda p, q: 0, "mean": lambda p, q: 0, "task_arithmetic": lambda p, q: 0, "lora_opcm": lambda p, q: 0,
+}  # fmt: skip
+# Bytes that go by for every entry of every adapter, where a method looks at entries
+BYTES = {"ties": 140, "dare": 30, "dare_ties": 130, "magnitude_prune": 40, "core_ties": 140, "core_dare_ties": 130}
+DENSE = ["ties", "dare", "dare_ties", "magnitude_prune"]
+ONE_RANK = ["ctm", "chordal_mean", "karcher_mean", "quotient_mean", "lora_opcm"]
+
+
+def expected(method, m, n):
+    """Operations in products and in factorisations, bytes that go by, bytes held, rank of the result."""
+    small, large, p, q = min(m, n), max(m, n), min(R, m), min(R, n)
+    if method in DENSE:
+        products = 2 * m * n * R + 2 * m * small**2 + 2 * n * small**2
+        work = qr(small, small) + qr(large, small) + thin(small, small)
+        return products, work, T * m * n * BYTES[method], 8 * m * n * (T + 6), small
+    rank = min(max(RANKS) if method in ONE_RANK else R, m, n)
+    if method == "regmean":  # Gram matrices of n×n
+        work = T * 2 * n**3 / 3 + both(qr, m, n, R) + thin(R, R)
+        return 2 * n * n * R, work, 8 * T * n * n, 8 * n * n * (T + 2), rank
+    products, work = 2 * m * R * rank + 2 * n * R * rank, 2 * p * q * R + svd(p, q) + IN_CORE[method](p, q)
+    for side in (m, n):
+        if side >= R:  # Gram matrix, Cholesky
+            products, work = products + side * R * R, work + 2 * R**3 / 3 + 3 * CALL
+        else:
+            work += qr(side, R) + thin(side, R)
+    passed = T * p * q * BYTES.get(method, 0)
+    if method == "lora_opcm":
+        work += 2 * opcm(p, 4) + 2 * qr(4, R) + 2 * thin(4, R) + both(qr, m, n, 4)
+    if method == "knots_ties":
+        products, passed = products + 2 * n * R * p * T, 140 * n * p * T
+        work += qr(m, p) + qr(n, p) + thin(p, p)
+    return products, work, passed, 12 * (m + n) * R + 8 * (T + 6) * p * q, rank
+
+
+@pytest.mark.parametrize("m, n", SIZES)
+@pytest.mark.parametrize("method", sorted(table()))
+def test_counts_are_those_of_the_factorisations(method, m, n):
+    speeds = Machine(bytes_per_second=2.0, matmul=8.0, factor=32.0)
+    plan = lo.plan({"w": (m, n)}, method, count=T, ranks=RANKS, dtype=torch.float32, machine=speeds)
+    products, work, passed, held, rank = expected(method, m, n)
+    rank = min(rank, 4) if method == "svd" else rank
+    exactly = lambda x: pytest.approx(x, rel=1e-12)  # noqa: E731
+    assert (plan.products, plan.factorisations) == (exactly(products), exactly(work))
+    assert (plan.rank, plan.read, plan.written) == (rank, 4 * (m + n) * R, 4 * (m + n) * rank)
+    assert plan.peak == plan.read + 8 * (m + n) * rank + torch.get_num_threads() * held
+    assert plan.seconds == exactly((plan.read + plan.written + passed) / 2 + products / 8 + work / 32)
+    assert plan.space == {"lora_opcm": "updates", "regmean": "updates"}.get(
+        method, "dense" if method in DENSE else "core"
+    )
+
+
+def test_a_plan_adds_modules_and_holds_the_largest():
+    each = [lo.plan({"w": shape}, "tsv", count=T, ranks=RANKS, machine=Machine(2.0, 8.0, 32.0)) for shape in SIZES]
+    whole = lo.plan({str(s): s for s in SIZES}, "tsv", count=T, ranks=RANKS, machine=Machine(2.0, 8.0, 32.0))
+    for field in ("modules", "read", "written", "products", "factorisations", "seconds"):
+        assert getattr(whole, field) == pytest.approx(sum(getattr(p, field) for p in each), rel=1e-12)
+    assert whole.rank == max(p.rank for p in each) and whole.read == 2 * R * sum(m + n for m, n in SIZES)  # float16
+    held = torch.get_num_threads() * max(expected("tsv", *s)[3] for s in SIZES)
+    assert whole.peak == whole.read + 4 * whole.written + held
+
+
+def test_a_plan_is_of_eight_adapters_of_rank_16_unless_told():
+    machine = Machine(1.0, 1.0, 1.0)
+    assert lo.plan({"w": (99, 98)}, machine=machine) == lo.plan(
+        {"w": (99, 98)}, "opcm", count=8, ranks=[16] * 8, rank=None, dtype=torch.float16, machine=machine
+    )
+
+
+def test_speeds_are_amounts_of_the_fastest_of_three_rounds(monkeypatch):
+    """With a clock on which the three rounds of each measurement take 3, 0.5 and 2 seconds."""
+    took, calls, now = iter([0, 3, 0, 0.5, 0, 2] * 3), [], 0.0
+
+    def clock():
+        nonlocal now
+        now += next(took)
+        return now
+
+    def each(function, items):
+        calls.append(len(items))
+        function(items[0])
+
+    monkeypatch.setattr(PLAN.time, "perf_counter", clock)
+    monkeypatch.setattr(PLAN, "parallel_map", each)
+    calibrate.cache_clear()
+    try:
+        found = calibrate()
+    finally:
+        calibrate.cache_clear()
+    threads = torch.get_num_threads()
+    assert calls == [4 * threads] * 3 + [8 * threads] * 3 + [12 * threads] * 3
+    assert found.bytes_per_second == 4 * threads * 2**20 * 16 / 0.5  # 8 bytes read and 8 written
+    assert found.matmul == 8 * threads * 2 * 1024 * 128 * 128 / 0.5
+    assert found.factor == 12 * threads * svd(96, 96) / 0.5
