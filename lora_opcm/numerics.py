@@ -9,7 +9,7 @@ from torch import Tensor
 from .values import Energy, Limit, expect
 
 # Singular values below RTOL · σ₁ count as zero. Factors in float32 or less carry relative rounding of 1e-7;
-# a direction that small is noise, and treating it as a direction is the null-space trap of design.
+# a direction that small is noise, and a result that used it would depend on the LAPACK build.
 RTOL = {torch.float64: 1e-12}
 RTOL_SINGLE = 1e-6
 

@@ -172,6 +172,24 @@ def test_an_adapter_without_modules_leaves_a_state_that_goes_on(generator):
     assert merger.state.history[0]["rank"] == 0 and merger.adapter().norm() == pytest.approx(a.norm() / 2)
 
 
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+def test_a_stream_that_stopped_writes_the_same_file(kind, generator, tmp_path):
+    through, until = kind(), kind()
+    for i in range(4):
+        a = adapter(SHAPES, 3, generator)
+        through.add(a)
+        until.add(a)
+        until = kind.load(until.save(tmp_path / f"{i}.safetensors"))
+    files = [m.save(tmp_path / f"{m is until}.safetensors").read_bytes() for m in (through, until)]
+    assert files[0] == files[1]
+
+
+def test_a_column_of_any_stride_has_an_id():
+    column, row = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+    ids = {lo.Adapter({"w": lo.LowRank(left, row)}).id for left in (column.mT, column.mT.clone(), column.reshape(2, 1))}
+    assert len(ids) == 1
+
+
 @pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
 def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
     first = adapter(SHAPES, 3, generator)
