@@ -184,6 +184,13 @@ def test_a_stream_that_stopped_writes_the_same_file(kind, generator, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.FactorMerger])
+def test_nothing_is_cleared_of_the_first_adapter(kind, generator):
+    said = kind().add(adapter({f"m{i}": (24, 30) for i in range(9)}, 3, generator)).state.history[0]
+    cleared = [value for key, value in said.items() if key.startswith("cleared")]
+    assert cleared and not any(cleared)
+
+
 def test_a_column_of_any_stride_has_an_id():
     column, row = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
     ids = {lo.Adapter({"w": lo.LowRank(left, row)}).id for left in (column.mT, column.mT.clone(), column.reshape(2, 1))}
