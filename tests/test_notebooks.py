@@ -1,6 +1,9 @@
 """Every chapter runs alone, offline, from an empty folder, and still says what its stored outputs say."""
 
+import contextlib
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +50,25 @@ def test_chapter_has_outputs_and_checked_cells(chapter):
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
     checked = [c for c in cells if "nbval-check-output" in c.metadata.get("tags", [])]
     assert len(checked) >= 3 and all(c.outputs for c in checked), "a chapter with no checked cell is not tested"
+
+
+def test_the_grassmannian_runs_without_geomstats(monkeypatch):
+    """Every cell that calls it says in one line that it cannot, and all else is printed as stored."""
+    monkeypatch.setenv("GEOMSTATS_BACKEND", "numpy")
+    for name in ["geomstats", *(m for m in sys.modules if m.startswith("geomstats."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    cells = [c for c in nbformat.read(ROOT / "book" / "grassmannian.ipynb", 4).cells if c.cell_type == "code"]
+    names, absent = {}, "geomstats cannot be imported here: its check is left out"
+    calling = [c for c in cells if re.search(r"\b(gs|space)\.", c.source)]
+    assert len(calling) == 4
+    for cell in cells[1:]:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(cell.source, names)
+        lines = printed.getvalue().splitlines()
+        assert lines.count(absent) == (cell in calling)
+        if "nbval-check-output" in cell.metadata.get("tags", []):
+            stored = "".join(o.text for o in cell.outputs if o.output_type == "stream").splitlines()
+            assert [x for x in stored if "geomstats" not in x] == [x for x in lines if x != absent]
 
 
 @pytest.mark.parametrize("notebook", EXPERIMENTS, ids=_ids(EXPERIMENTS))

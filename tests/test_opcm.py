@@ -194,6 +194,31 @@ def test_sums_of_factors_begin_with_nothing(generator):
     assert error(half, a.modules["w"].delta().double() / 2) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+def test_a_stream_that_stopped_writes_the_same_file(kind, generator, tmp_path):
+    through, until = kind(), kind()
+    for i in range(4):
+        a = adapter(SHAPES, 3, generator)
+        through.add(a)
+        until.add(a)
+        until = kind.load(until.save(tmp_path / f"{i}.safetensors"))
+    files = [m.save(tmp_path / f"{m is until}.safetensors").read_bytes() for m in (through, until)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.FactorMerger])
+def test_nothing_is_cleared_of_the_first_adapter(kind, generator):
+    said = kind().add(adapter({f"m{i}": (24, 30) for i in range(9)}, 3, generator)).state.history[0]
+    cleared = [value for key, value in said.items() if key.startswith("cleared")]
+    assert cleared and not any(cleared)
+
+
+def test_a_column_of_any_stride_has_an_id():
+    column, row = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+    ids = {lo.Adapter({"w": lo.LowRank(left, row)}).id for left in (column.mT, column.mT.clone(), column.reshape(2, 1))}
+    assert len(ids) == 1
+
+
 @pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
 def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
     first = adapter(SHAPES, 3, generator)

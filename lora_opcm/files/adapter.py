@@ -181,7 +181,7 @@ class Adapter(Mapping[str, LowRank]):
 
 def _feed(found, x: Tensor) -> None:
     found.update(f"{tuple(x.shape)} {x.dtype};".encode())
-    found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+    found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # a column may have any stride
 
 
 def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adapter:

@@ -45,8 +45,9 @@ class ContinualMerger(Stream[LowRank]):
     def grow(self, kept: LowRank | None, update: LowRank) -> tuple[LowRank, dict[str, float]]:
         """S + P(Δ), cut to the cap. A module's first update is taken whole."""
         update = update.to("cpu", working_dtype(update.dtype))  # the state is never half precision
+        whole = update.norm() ** 2
         if kept is None:
-            size = let_in = update.norm() ** 2
+            size = let_in = whole
             update, share = update.truncate(rank=self.rank)
         else:
             core = Core.of([kept, update])
@@ -54,14 +55,15 @@ class ContinualMerger(Stream[LowRank]):
             total = core.cores[0] + new
             size, let_in = float(total.square().sum()), float(new.square().sum())
             update, share = core.lift(total, rank=self.rank)
-        return update, {"let in": let_in, "cut off": share * size}
+        return update, {"whole": whole, "let in": let_in, "cut off": share * size}
 
     def record(self, numbers: Mapping[str, float], state: State[LowRank], norm: float) -> dict[str, float]:
         size, cut_off = size_of(state), numbers.get("cut off", 0.0)
+        whole = numbers.get("whole", 0.0)
         mean = sum(state.norms) / len(state.norms)
         return {
             "lambda": size / mean if size else 1.0,
-            "cleared": 1 - numbers.get("let in", 0.0) / norm**2 if norm else 0.0,
+            "cleared": 1 - numbers.get("let in", 0.0) / whole if whole else 0.0,
             "dropped": cut_off / (size**2 + cut_off) if size else 0.0,
             "rank": max((u.rank for u in state.modules.values()), default=0),
         }

@@ -27,7 +27,7 @@ class Member(msgspec.Struct):
     name: str
     norm: float
     id: str
-    record: dict[str, float]
+    record: dict[str, int | float]  # a count is read back as one, so that going on writes the same bytes
 
 
 class Content(msgspec.Struct):
