@@ -25,7 +25,8 @@ Item = tuple[str, list[LowRank] | None, Core | None]  # name of a module; on a d
 class Merged(NamedTuple):
     """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
 
-    `sizes` has, for every group (`lora_opcm` has two), the squared norm of the uncut sum, then those of its parts.
+    `sizes` has, for every group (`lora_opcm` has two), the squared norm of the uncut sum, then those of its parts; it
+    is empty where the scale asks for no norms.
     """
 
     update: LowRank
@@ -37,49 +38,55 @@ class Merged(NamedTuple):
 
 
 class Space(NamedTuple):
-    """What a rule is given of the updates of one module (`enter`), and how its result becomes an update (`leave`)."""
+    """What a rule is given of one module, how its result becomes an update, and how large that and its parts are."""
 
     enter: Callable[[Sequence[LowRank]], Any]
-    leave: Callable[[Any, Any, int | None, float | None], Merged]
+    leave: Callable[[Any, Any, int | None, float | None], tuple[LowRank, float]]
+    sizes: Callable[[Any, Any], list[list[float]]]
 
 
-def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> Merged:
-    if isinstance(found, Tensor):
-        update, dropped = core.lift(found, rank, energy)
-        return Merged(update, dropped, [[float(found.square().sum()), *core.norms()]])
-    # Columns in the core, rows in the coordinates of the layer's inputs: what cannot be lifted by rotation.
-    update = LowRank(core.left @ found[0], found[1].mT.to(core.left.columns.dtype))
-    size = update.norm() ** 2
-    update, dropped = update.truncate(rank, energy)
-    return Merged(update, dropped, [[size, *core.norms()]])
+def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+    return (
+        core.lift(found, rank, energy) if isinstance(found, Tensor) else _outside(core, *found).truncate(rank, energy)
+    )
 
 
-def _leave_updates(updates: list[LowRank], found, rank: int | None, energy: float | None) -> Merged:
-    update, sizes = found if isinstance(found, tuple) else (found, None)
-    sizes = sizes or [[update.norm() ** 2, *(u.norm() ** 2 for u in updates)]]
-    update, dropped = update.truncate(rank, energy)
-    return Merged(update, dropped, sizes)
+def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
+    """Columns in the core, rows in the coordinates of the layer's inputs: what cannot be lifted by rotation."""
+    return LowRank(core.left @ left, right.mT.to(core.left.columns.dtype))
 
 
-def _leave_dense(deltas: list[Tensor], found: Tensor, rank: int | None, energy: float | None) -> Merged:
-    update, dropped = LowRank.from_dense(found).truncate(rank, energy)
-    return Merged(update, dropped, [[float(x.square().sum()) for x in (found, *deltas)]])
+def _sizes_in_core(core: Core, found) -> list[list[float]]:
+    size = float(found.square().sum()) if isinstance(found, Tensor) else _outside(core, *found).norm() ** 2
+    return [[size, *core.norms()]]
+
+
+def _sizes_of_updates(updates: list[LowRank], found) -> list[list[float]]:
+    return found[1] if isinstance(found, tuple) else [[u.norm() ** 2 for u in (found, *updates)]]
 
 
 SPACES = {
-    "core": Space(Core.of, _leave_core),
-    "updates": Space(lambda updates: [u.wide() for u in updates], _leave_updates),
-    "dense": Space(lambda updates: [u.left.double() @ u.right.double() for u in updates], _leave_dense),
+    "core": Space(Core.of, _leave_core, _sizes_in_core),
+    "updates": Space(
+        lambda updates: [u.wide() for u in updates],
+        lambda updates, found, *cut: (found[0] if isinstance(found, tuple) else found).truncate(*cut),
+        _sizes_of_updates,
+    ),
+    "dense": Space(
+        lambda updates: [u.left.double() @ u.right.double() for u in updates],
+        lambda deltas, found, *cut: LowRank.from_dense(found).truncate(*cut),
+        lambda deltas, found: [[float(x.square().sum()) for x in (found, *deltas)]],
+    ),
 }
 
 
-def merge_module(method: Method, inside: Any, rank: int | None, energy: float | None, options: Mapping) -> Merged:
-    """The merge of one module, entered into the method's space already."""
-    cut: dict[str, Any] = {"rank": rank, "energy": energy}
-    early = {name: cut.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
+def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], sized: bool, options: Mapping) -> Merged:
+    """The merge of one module, entered into the method's space already; `cut` has its rank and energy."""
+    space, late = SPACES[method.space], dict(cut)
+    early = {name: late.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
     found = method.rule(inside, **options, **early)
-    merged = SPACES[method.space].leave(inside, found, cut.get("rank"), cut.get("energy"))
-    return merged._replace(update=merged.update.to("cpu"))
+    update, dropped = space.leave(inside, found, late.get("rank"), late.get("energy"))
+    return Merged(update.to("cpu"), dropped, space.sizes(inside, found) if sized else [])
 
 
 # -- whole adapters --------------------------------------------------------------------------------------------
@@ -199,15 +206,15 @@ def merge_part(
 ) -> Part:
     """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
     entry, weights, merged = checked(adapters, method, weights, scale, rank, energy, **options)
-    shapes = shapes_of(adapters)
+    scale, shapes = entry.scale if scale is None else scale, shapes_of(adapters)
 
     def one(item: Item) -> Merged:
         name, updates, core = item  # without a device, updates are made when a module's turn comes
         inside = core or SPACES[entry.space].enter(updates or _updates(adapters, name, weights))
-        cut = rank
+        cut = {"rank": rank, "energy": energy}
         if entry.largest and rank is None and energy is None:
-            cut = max(1, *(a.modules[name].rank for a in adapters if name in a.modules))
-        return merge_module(entry, inside, cut, energy, _local(options, entry, name))
+            cut["rank"] = max(1, *(a.modules[name].rank for a in adapters if name in a.modules))
+        return merge_module(entry, inside, cut, norms(scale) is not None, _local(options, entry, name))
 
     found: dict[str, Merged] = {}
     if device is None:
@@ -230,7 +237,7 @@ def merge_part(
         dropped={name: found[name].dropped for name in shapes},
         dtype=dtype or merged.dtype,
     )
-    return Part(merged, {name: found[name].sizes for name in shapes}, entry.scale if scale is None else scale)
+    return Part(merged, {name: found[name].sizes for name in shapes}, scale)
 
 
 def checked(
