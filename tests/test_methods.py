@@ -378,10 +378,10 @@ def test_wrong_arguments_are_refused(arguments, words):
 
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_a_module_that_is_zero_in_all_adapters_stays_zero(method, dtype):
+@pytest.mark.parametrize("dtype, count", [(torch.float16, 4), (torch.float64, 4), (torch.float64, 1)])
+def test_a_module_that_is_zero_in_all_adapters_stays_zero(method, dtype, count):
     """As every module of a fresh LoRA."""
-    adapters = stream(dtype)
+    adapters = stream(dtype)[:count]
     for a in adapters:
         a.modules["b"].left.zero_()
     merged = run(method, adapters)

@@ -1,6 +1,7 @@
 import gc
 import weakref
 
+import by_hand
 import pytest
 import torch
 from factories import adapter, dense, dense_opcm, error, update
@@ -192,6 +193,27 @@ def test_sums_of_factors_begin_with_nothing(generator):
     assert error(lo.FactorMerger(scale=2).add(a).adapter().modules["w"], 2 * a.modules["w"].delta().double()) < 1e-6
     half = lo.FactorMerger(scale="0.5norm").add(a).adapter().modules["w"]
     assert error(half, a.modules["w"].delta().double() / 2) < 1e-6
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_factors_apart_are_two_dense_streams(alpha, generator):
+    """Their sums, and every column of their history, over two modules."""
+    adapters = [adapter(SHAPES, 3, generator, torch.float64) for _ in range(3)]
+    merger, factor = lo.FactorMerger(alpha=alpha), 1.0
+    for a in adapters:
+        merger.add(a)
+    sums = []
+    for side in ("left", "right"):
+        deltas = [{n: getattr(u, side).numpy() for n, u in a.items()} for a in adapters]
+        total, rows = by_hand.opcm_stream(deltas, alpha)
+        sums.append(total)
+        factor /= rows[-1]["lambda"]
+        for found, row in zip(merger.state.history, rows):
+            for column in ("norm", "lambda", "cleared"):
+                assert found[f"{column} {side}"] == pytest.approx(row[column], abs=1e-9), (column, side)
+    for name in SHAPES:
+        dense_sum = torch.from_numpy(sums[0][name] @ sums[1][name])
+        assert error(merger.adapter().modules[name], factor * dense_sum) < 1e-9
 
 
 @pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
