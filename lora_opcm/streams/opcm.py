@@ -61,7 +61,7 @@ class ContinualMerger(Stream[LowRank]):
         mean = sum(state.norms) / len(state.norms)
         return {
             "lambda": size / mean if size else 1.0,
-            "cleared": 1 - numbers.get("let in", 0.0) / norm**2 if norm else 0.0,
+            "cleared": 1 - numbers["let in"] / norm**2 if norm else 0.0,
             "dropped": cut_off / (size**2 + cut_off) if size else 0.0,
             "rank": max((u.rank for u in state.modules.values()), default=0),
         }
