@@ -118,6 +118,33 @@ def test_orthonormalise_takes_rounding_of_its_input_for_no_direction(dtype):
         gr.orthonormalise(torch.cat([x, x / 3], 1).to(dtype))
 
 
+@pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (2, torch.float64), (9, torch.float64)])
+def test_orthonormalise_draws_the_line_at_ten_times_the_rounding(rows, dtype):
+    """Of float64 the QR rounds more than the input was: n times its unit."""
+    unit = torch.finfo(dtype).eps * (rows if dtype == torch.float64 else 1)
+    x = torch.eye(rows, 2, dtype=dtype)
+    x[0, 1] = 1  # so long is the column, of which this much is new
+    x[1, 1] = 9.9 * unit
+    with pytest.raises(ValueError, match="linearly dependent"):
+        gr.orthonormalise(x)
+    x[1, 1] = 10.1 * unit
+    close(gr.orthonormalise(x), torch.eye(rows, 2), 0)
+
+
+@pytest.mark.parametrize(
+    "inside, outside, dtype",
+    [(0.00049, 0.00051, torch.float64), (0.00049, 0.00051, torch.float32), (3 / 128, 4 / 128, torch.bfloat16)],
+)
+def test_a_frame_is_one_to_a_thousandth_or_eight_roundings(inside, outside, dtype):
+    """UᵀU − I of a column (1 + x)e is 2x + x²."""
+    U = torch.eye(3, 2, dtype=dtype)
+    U[0, 0] = 1 + inside
+    close(gr.projector(U), torch.eye(3).double() * torch.tensor([1, 1, 0]), tol(dtype))
+    U[0, 0] = 1 + outside
+    with pytest.raises(ValueError, match="not orthonormal"):
+        gr.projector(U)
+
+
 def test_random_frame_is_haar():
     gen = torch.Generator().manual_seed(1)
     U = gr.random_frame(5, 2, batch=(40_000,), generator=gen, dtype=torch.float64)

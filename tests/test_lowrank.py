@@ -9,7 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_opcm import Adapter, LowRank, merge
 from lora_opcm.lowrank import add
-from lora_opcm.merging import Core
+from lora_opcm.merging.core import Basis, Core
+from lora_opcm.merging.merge import Part
+from lora_opcm.merging.method import Method
+from lora_opcm.merging.plan import Machine, Plan
+from lora_opcm.merging.rules.frames import Sums
 from lora_opcm.numerics import keep_rank
 
 shapes = st.tuples(st.integers(4, 40), st.integers(4, 40), st.integers(1, 4), st.integers(0, 10**6))
@@ -156,3 +160,10 @@ def test_regauge_goes_where_the_update_is():
     with FakeTensorMode():
         u = LowRank(torch.empty(5, 2, device="meta"), torch.empty(2, 4, device="meta"))
         assert u.regauge(torch.empty(2, 2)).left.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", [LowRank, Basis, Core, Sums, Part, Method, Machine, Plan])
+def test_what_merges_hand_on_cannot_be_changed(kind):
+    """Nor is what holds tensors compared by them, which torch cannot say in one word."""
+    said = kind.__dataclass_params__
+    assert said.frozen and said.eq == (kind in (Method, Machine, Plan))

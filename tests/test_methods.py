@@ -13,6 +13,7 @@ import lora_opcm.merging.method as method_table
 from lora_opcm.files import scaled
 from lora_opcm.lowrank import LowRank
 from lora_opcm.merging import Basis, Core, table
+from lora_opcm.merging.merge import Part
 from lora_opcm.merging.rules import polar
 from lora_opcm.testing import check_method
 
@@ -396,11 +397,34 @@ def test_wrong_arguments_are_refused(arguments, words):
             lo.merge(stream(count=1), **arguments)
 
 
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("dtype, count", [(torch.float16, 4), (torch.float64, 4), (torch.float64, 1)])
+def test_a_module_that_is_zero_in_all_adapters_stays_zero(method, dtype, count):
+    """As every module of a fresh LoRA."""
+    adapters = stream(dtype)[:count]
+    for a in adapters:
+        a.modules["b"].left.zero_()
+    merged = run(method, adapters)
+    assert merged.modules["b"].norm() == 0 and merged.modules["b"].shape == SHAPES["b"]
+    assert merged.modules["a"].norm() > 0
+
+
 @pytest.mark.parametrize("method", ["opcm", "tsv", "knots_ties", "ties"])
 def test_scale_norm_gives_the_mean_norm_wherever_it_is_taken(method):
     adapters = stream()
     merged = lo.merge(adapters, method, scale="norm")
     assert merged.norm() == pytest.approx(sum(a.norm() for a in adapters) / T, rel=1e-6)
+
+
+def test_the_factor_of_a_merge_by_hand():
+    """Squared norms of the sum, then of two parts: 5 of 3 and 2; of a second group 2 of 1 and 3."""
+    factor = lambda scale, **sizes: Part(lo.Adapter({}), sizes, scale).factor  # noqa: E731
+    v, w = [[9.0, 1.0, 4.0], [4.0, 1.0, 1.0]], [[16.0, 8.0, 0.0], [0.0, 0.0, 8.0]]
+    assert factor(0.7, v=v, w=w) == 0.7
+    assert factor("norm", v=v[:1], w=w[:1]) == 0.5 and factor("3norm", v=v[:1], w=w[:1]) == 1.5
+    assert factor("norm", v=v, w=w) == 0.5 * 1
+    assert factor("norm", w=[[0.0, 0.0, 0.0]]) == 1 and factor("2norm", w=[[0.0, 1.0], [4.0, 1.0]]) == 1
+    assert factor("norm") == 1  # of no module
 
 
 def test_a_large_factor_goes_to_both_sides():

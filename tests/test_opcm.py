@@ -1,6 +1,7 @@
 import gc
 import weakref
 
+import by_hand
 import pytest
 import torch
 from factories import adapter, dense, dense_opcm, error, update
@@ -217,6 +218,27 @@ def test_a_column_of_any_stride_has_an_id():
     column, row = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
     ids = {lo.Adapter({"w": lo.LowRank(left, row)}).id for left in (column.mT, column.mT.clone(), column.reshape(2, 1))}
     assert len(ids) == 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_factors_apart_are_two_dense_streams(alpha, generator):
+    """Their sums, and every column of their history, over two modules."""
+    adapters = [adapter(SHAPES, 3, generator, torch.float64) for _ in range(3)]
+    merger, factor = lo.FactorMerger(alpha=alpha), 1.0
+    for a in adapters:
+        merger.add(a)
+    sums = []
+    for side in ("left", "right"):
+        deltas = [{n: getattr(u, side).numpy() for n, u in a.items()} for a in adapters]
+        total, rows = by_hand.opcm_stream(deltas, alpha)
+        sums.append(total)
+        factor /= rows[-1]["lambda"]
+        for found, row in zip(merger.state.history, rows):
+            for column in ("norm", "lambda", "cleared"):
+                assert found[f"{column} {side}"] == pytest.approx(row[column], abs=1e-9), (column, side)
+    for name in SHAPES:
+        dense_sum = torch.from_numpy(sums[0][name] @ sums[1][name])
+        assert error(merger.adapter().modules[name], factor * dense_sum) < 1e-9
 
 
 @pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])

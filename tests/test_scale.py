@@ -239,3 +239,22 @@ def test_shards_that_do_not_belong_together_are_refused(inputs, tmp_path):
         join([two, inputs[0] / "adapter_model.safetensors"])
     with pytest.raises(ValueError, match=r"0 ≤ index < count, got \(2, 2\)"):
         merge_shard(inputs, tmp_path / "x", (2, 2))
+
+
+def test_a_batch_has_modules_of_one_kind_and_no_more_numbers_than_allowed(monkeypatch):
+    """Factors of 4×3 and ranks 2 and 1 have 14 + 7 numbers; of 5×3, 16 + 8; one adapter lacks f."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (4, 3), "b": (5, 3), "c": (4, 3), "d": (4, 3), "e": (5, 3), "f": (4, 3)}
+    first, second = (adapter(shapes, rank, generator) for rank in (2, 1))
+    second = second.with_modules({n: u for n, u in second.modules.items() if n != "f"})
+    batches = sys.modules[lo.merge.__module__]._batches
+    expected = {
+        2**20: ["acd", "be", "f"], 63: ["acd", "be", "f"], 62: ["ac", "d", "be", "f"], 48: ["ac", "d", "be", "f"],
+        47: ["ac", "d", "b", "e", "f"], 42: ["ac", "d", "b", "e", "f"], 41: ["a", "c", "d", "b", "e", "f"],
+        1: ["a", "c", "d", "b", "e", "f"],
+    }  # fmt: skip
+    for allowed, groups in expected.items():
+        monkeypatch.setattr(sys.modules[lo.merge.__module__], "BATCH", allowed)
+        assert ["".join(names) for names in batches([first, second], shapes)] == groups, allowed
+    nothing = lo.Adapter({n: first.modules["a"].zero() for n in "ab"})
+    assert list(map(list, batches([nothing], "ab"))) == [["a"], ["b"]]

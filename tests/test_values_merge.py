@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from factories import dense_opcm
 from safetensors.torch import save_file
 
 import lora_opcm as lo
+from lora_opcm.command import app
 
 SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
 CLIP = "text_model.encoder.layers.0.mlp.fc1"  # a module that kohya has a name for
@@ -164,6 +166,26 @@ def test_format_is_that_of_the_file(said, tmp_path, format, prefix):
     assert recipe["format"] == format and recipe["merge"]["weights"] == [1, 2]
     whole = (tmp_path / "m.safetensors").read_bytes()
     assert recipe["output_sha256"] == hashlib.sha256(hashlib.sha256(whole).digest()).hexdigest()
+
+
+def test_a_name_that_the_format_cannot_have_is_refused_before_the_work(said, tmp_path, monkeypatch):
+    write_peft(tmp_path / "p", random_factors(np.random.default_rng(0), {CLIP: (24, 16)}, 3), **CLIP_CONFIG)
+    said("convert", "p", "-o", "k.safetensors", "--to", "kohya")
+
+    def merge(*words, **more):
+        raise AssertionError("merged")
+
+    monkeypatch.setattr(sys.modules[lo.merge.__module__], "merge", merge)
+    refused = said("merge", "k.safetensors", "k.safetensors", "-o", "m", code=2).err
+    assert "m: a kohya adapter is one file, expected a name ending in .safetensors" in refused
+
+
+def test_a_merge_that_cut_nothing_says_nothing_of_a_cut(capsys):
+    for dropped in ({}, {"w": 0.0}, {"w": 1e-9}):
+        app._wrote("m", lo.Adapter({}, dropped=dropped))
+        assert capsys.readouterr().err.split() == "wrote m: 0 modules, norm 0".split()
+    app._wrote("m", lo.Adapter({}, dropped={"v": 0.002, "w": 0.0123}))
+    assert "norm 0; the cut dropped at most 1.2% of a module's squared norm (w)" in capsys.readouterr().err
 
 
 def test_a_recipe_names_all_that_went_in(said, abc, tmp_path):

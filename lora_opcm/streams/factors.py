@@ -57,7 +57,7 @@ class FactorMerger(Stream[Pair]):
         for i, side in enumerate(SIDES):
             size = numbers.get(side, 0.0)
             said[f"norm {side}"] = size**0.5
-            said[f"cleared {side}"] = 1 - numbers.get(f"let in {side}", 0.0) / size if size else 0.0
+            said[f"cleared {side}"] = 1 - numbers[f"let in {side}"] / size if size else 0.0
             norms = [m.record[f"norm {side}"] for m in state.members if m.record] + [size**0.5]
             whole = sum(pair[i].norm() ** 2 for pair in state.modules.values()) ** 0.5
             said[f"lambda {side}"] = whole / (sum(norms) / len(norms)) if whole else 1.0
@@ -81,5 +81,5 @@ class FactorMerger(Stream[Pair]):
         return {"left": kept[0].delta(), "right": kept[1].delta()}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Pair:
-        left, right = sides([LowRank(tensors["left"], tensors["right"])], "given")
-        return left[0], right[0]
+        (left,), (right,) = sides([LowRank(tensors["left"], tensors["right"])], "given")
+        return left, right

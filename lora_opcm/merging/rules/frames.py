@@ -110,7 +110,7 @@ class Sums:
         zeros = lambda a, b: torch.zeros(a, b, dtype=torch.float64)  # noqa: E731
         return cls(zeros(m, 0), zeros(n, 0), zeros(0, 0), zeros(0, 0), zeros(0, 0))
 
-    def add(self, svd: SVD, power: float = 0.0, cap: int | None = None) -> "Sums":
+    def add(self, svd: SVD, power: float, cap: int | None) -> "Sums":
         """With one more update, given as U (m, r), σ (r,), Vᵀ (r, n).
 
         The frames keep at most `cap` directions, the leading ones of L^{-1/2} S R^{-1/2}. Without a cap the
@@ -131,7 +131,7 @@ class Sums:
         p, q = p[:, :cap], qh[:cap].mT
         return Sums(left @ p, right @ q, p.mT @ grown.S @ q, p.mT @ grown.L @ p, q.mT @ grown.R @ q)
 
-    def subtract(self, svd: SVD, power: float = 0.0) -> "Sums":
+    def subtract(self, svd: SVD, power: float) -> "Sums":
         """Without an update that `add` took in before and no cap has cut since; directions only it had go."""
         u, s, vh, share = _shares(svd, power)
         b, d = self.left.mT @ u, self.right.mT @ vh.mT
