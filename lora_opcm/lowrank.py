@@ -179,3 +179,17 @@ def add(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
     weights = [1.0] * len(updates) if weights is None else weights
     left = torch.cat([u.left * w for u, w in zip(updates, weights, strict=True)], dim=1)
     return LowRank(left, torch.cat([u.right for u in updates], dim=0))
+
+
+def rounded(update: LowRank, dtype: torch.dtype) -> LowRank:
+    """The update in a dtype. Where half precision would lose more than its last bit, columns of one factor are first
+    made smaller and those of the other larger, by powers of two: the same update, of factors of like size."""
+    new = update.to(dtype)
+    if dtype.itemsize > 2 or all(
+        torch.equal(x.to(y.dtype), y) for x, y in ((new.left, update.left), (new.right, update.right))
+    ):
+        return new
+    sizes = [update.left.double().norm(dim=0), update.right.double().norm(dim=1)]
+    shift = ((sizes[1] / sizes[0]).log2() / 2).round().nan_to_num(0, 0, 0)
+    left, right = update.left.double() * 2**shift, update.right.double() * 2 ** -shift[:, None]
+    return LowRank(left.to(dtype), right.to(dtype))

@@ -3,10 +3,11 @@
 def iso_cts(core: Core, common: Share = 0.8) -> Tensor: ...
 """
 
+import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, get_args
@@ -69,6 +70,12 @@ def expect_options(function: Callable, **given: object) -> None:
     parameters = inspect.signature(function, eval_str=True).parameters
     for name, x in given.items():
         expect(parameters[name].annotation, **{name: x})
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean …?" for a word that is not among the known ones, or nothing if none is like it."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def norms(scale: float | str) -> float | None:

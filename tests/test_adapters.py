@@ -693,7 +693,12 @@ TENSOR_REFUSALS = {
     "lora_bias": ({"a.query.lora_B.bias": torch.ones(4)}, "a.query.lora_B.bias: a lora_bias"),
     "bias": ({"a.query.bias": torch.ones(4)}, "a.query.bias: a trained bias"),
     "tokens": ({"emb.token_adapter.trainable_tokens_delta": torch.ones(4)}, "trainable_token_indices"),
-    "adapter name": ({"a.query.lora_A.default.weight": torch.ones(2, 5)}, "adapter name inside"),
+    "adapter name": ({"a.query.lora_A.default.weight": torch.ones(2, 5)}, "name one module twice"),
+    "two adapters": (
+        {A: None, B: None}
+        | {"a.query.lora_A.one.weight": torch.ones(2, 5), "a.query.lora_B.two.weight": torch.ones(4, 2)},
+        "keys of 2 adapters, one, two; expected one",
+    ),
     "quantised": ({"a.query.absmax": torch.ones(4)}, "quantised weights"),
     "stray": ({"a.query.weight_2": torch.ones(4)}, "a.query.weight_2: not a key of a PEFT"),
     "alpha": ({"a.query.alpha": torch.ones(())}, "a.query.alpha: not a key of a PEFT"),
@@ -728,7 +733,7 @@ def test_refused_kohya_keys(tmp_path, suffix):
         load_adapter(path)
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.ones(2), torch.tensor(float("nan")), torch.tensor(4)])
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.ones(2), torch.tensor(float("nan")), torch.tensor(True)])
 def test_refused_kohya_alpha(tmp_path, alpha):
     path = tmp_path / "k.safetensors"
     tensors, _ = kohya_file(path)

@@ -126,7 +126,7 @@ def test_low_matmul_precision_outside_changes_no_bit(method, device, monkeypatch
         again = run(method, stream(torch.float16), device=device)
         assert precision() == low
     assert seen <= {"ieee"}
-    assert seen or REGISTRY[method].space != "core"
+    assert seen or REGISTRY[method].space != "core" or REGISTRY[method].plain  # factors side by side
     for name in SHAPES:
         assert torch.equal(exact.modules[name].left, again.modules[name].left)
 
@@ -205,9 +205,9 @@ def test_more_shards_than_modules_and_kohya_files(tmp_path):
     for path in names:
         lo.save_adapter(replace(adapter(shapes, 3, generator), format="kohya"), path, format="kohya")
     parts = [merge_shard(names, tmp_path / f"part{i}", (i, 7)) for i in range(7)]
-    lo.save_adapter(join(parts)[0], tmp_path / "joined.safetensors")
-    lo.save_adapter(lo.merge([lo.load_adapter(p) for p in names]), tmp_path / "whole.safetensors")
-    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    lo.save_adapter(join(parts)[0], tmp_path / "joined" / "m.safetensors")  # a kohya file says its own name
+    lo.save_adapter(lo.merge([lo.load_adapter(p) for p in names]), tmp_path / "whole" / "m.safetensors")
+    assert (tmp_path / "joined" / "m.safetensors").read_bytes() == (tmp_path / "whole" / "m.safetensors").read_bytes()
 
 
 def test_a_shard_reads_its_own_tensors_only(inputs):

@@ -146,7 +146,7 @@ def test_modules_and_kinds_of_later_adapters_outlive_a_reload(kind, tmp_path):
     first = a.with_modules({"a": a.modules["a"]})
     first = lo.Adapter(first.modules, config={"target_modules": ["a"], "r": 3, "lora_alpha": 3, "peft_type": "LORA"})
     second = lo.Adapter({"b": b.modules["b"]}, kinds={"b": Kind("embedding")})
-    merger = kind().add(first).add(second).add(first)
+    merger = kind().add(first).add(second, disjoint=True).add(first)
     for m in (merger, kind.load(merger.save(tmp_path / "s.safetensors"))):
         folder = lo.save_adapter(m.adapter(), tmp_path / f"out {m is merger}")
         again = lo.load_adapter(folder)
@@ -158,7 +158,7 @@ def test_a_module_only_the_removed_adapter_had_is_gone(tmp_path):
     config = {"target_modules": ["a"], "r": 3, "lora_alpha": 3, "peft_type": "LORA"}
     part = lo.Adapter({"a": a.modules["a"]}, config=config)
     zero = lo.Adapter({"b": 0.0 * b.modules["b"]})
-    merger = lo.SumMerger(power=0).add(part).add(zero).add(b).remove(b)
+    merger = lo.SumMerger(power=0).add(part).add(zero, disjoint=True).add(b).remove(b)
     assert list(merger.state.modules) == ["a"] == list(merger.adapter().modules)
     assert gap(merger.adapter(), part) < 1e-5
     assert merger.remove(zero).state.names[0] == "adapter 1"  # its module is gone already

@@ -152,7 +152,7 @@ def test_compare_is_a_mean_over_modules(said, abc, k, l):
         t = pd.DataFrame([by_svd(abc[x][n], abc[y][n], k, l or k) for n in SHAPES])
         ratio = {side: np.mean(t[f"phi_{side}"] / t[f"null_{side}"]) for side in ("left", "right")}
         assert ratio["left"] != pytest.approx(t.phi_left.mean() / t.null_left.mean(), rel=0.002)
-        assert row == {"pair": row["pair"], "modules": 2} | {
+        assert row == {"pair": row["pair"], "modules": 2, "only first": 0, "only second": 0} | {
             name: pytest.approx(value)
             for name, value in {
                 "cosine": t.cosine.mean(),

@@ -124,7 +124,7 @@ def test_seed_and_density_reach_the_mask(said, abc, tmp_path):
 
 @pytest.mark.parametrize("words, rule", [(["--energy", 0.8], "energy"), (["--rank", 5], "rank"), ([], "")])
 def test_a_cut_keeps_what_it_should_and_says_what_it_dropped(said, abc, tmp_path, words, rule):
-    told = said("merge", "a", "b", "c", "-o", "m", "--method", "cat", *words).err
+    told = said("merge", "a", "b", "c", "-o", "m", "--method", "cat", "--ragged", *words).err
     recipe, dropped, kept = json.loads((tmp_path / "m" / "merge_recipe.json").read_text()), {}, {}
     for name, whole in combined(abc, [1] * 3).items():
         share = (svd(whole)[1] ** 2).cumsum() / (whole**2).sum()

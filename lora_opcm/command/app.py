@@ -9,13 +9,17 @@ import typer
 
 from . import states
 from .console import (
+    AnyBase,
     AsJson,
+    Disjoint,
+    Drop,
     Energy,
     Inputs,
     OutDType,
     OutFormat,
     Output,
     Overwrite,
+    Ragged,
     Rank,
     Source,
     Steps,
@@ -91,20 +95,20 @@ def compare(
         raise ValueError(f"expected two adapters or more, got {len(adapters)}")
     if html and html.exists() and not overwrite:
         raise ValueError(f"{html}: exists already; --overwrite replaces it")
-    from ..files import load_adapter
+    from ..files import load_adapter, matched
     from ..geometry import similarity
     from .tables import compared
 
     names, l = [p.name for p in adapters], l or k
     with Steps() as steps:
-        loaded = [load_adapter(path) for path in steps("reading", adapters)]
+        loaded = matched([load_adapter(path) for path in steps("reading", adapters)])
         tables = {
             (i, j): similarity(loaded[i], loaded[j], k, l, steps.of(f"comparing {names[i]} + {names[j]}"))
             for i, j in combinations(range(len(loaded)), 2)
         }
     size = f"leading {k} directions" if k == l else f"leading {k} directions of the first and {l} of the second"
     means = "" if modules else ", means over modules"
-    rows = compared(names, tables, modules)
+    rows = compared(names, tables, modules, [len(adapter) for adapter in loaded])
     show(rows, as_json, f"{size}{means}; 1 × chance is what unrelated adapters show")
     if html:
         from .report import write_report
@@ -116,6 +120,7 @@ def compare(
 def _parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
     """`name=value` options, each value as JSON where it is some."""
     from ..merging.method import method_of
+    from ..values import nearest
 
     found: dict[str, Any] = {}
     for pair in pairs or []:
@@ -123,7 +128,7 @@ def _parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
         known = [*method_of(method).options, "scale"]
         if not equals or name not in known:
             wrong = f"{method} has no option {name!r}" if equals else "expected name=value"
-            raise ValueError(f"--option {pair}: {wrong}; it takes {', '.join(known)}")
+            raise ValueError(f"--option {pair}: {wrong}; it takes {', '.join(known)}{nearest(name, known)}")
         try:
             found[name] = json.loads(value)
         except ValueError:
@@ -155,20 +160,28 @@ def merge_(
     dtype: OutDType = None,
     format: OutFormat = None,
     device: Annotated[str | None, typer.Option(help="where large matrices are multiplied, such as cuda")] = None,
+    drop: Drop = None,
+    disjoint: Disjoint = False,
+    any_base: AnyBase = False,
+    ragged: Ragged = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, write nothing")] = False,
     shard: Annotated[
         str | None, typer.Option(help="merge only part i of n, i/n from 0, into a file for `join`")
     ] = None,
 ):
-    """One adapter out of several. Writes the adapter, a recipe and, for PEFT, a model card."""
+    """One adapter out of several. Writes the adapter, a recipe and, for PEFT, a model card.
+
+    Known spellings of one layer are one module, under the name the first adapter gives it.
+    """
     from ..files import load_adapter
     from ..merging.merge import checked, merge
     from ..merging.shards import merge_shard
     from . import recipe
 
     options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
-    options |= {"rank": rank, "energy": energy}
+    options |= {"rank": rank, "energy": energy, "drop": drop}
+    options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
     call = {"method": method} | {name: v for name, v in options.items() if v is not None}
     if weights is not None:
         try:
@@ -188,9 +201,10 @@ def merge_(
         return note(f"wrote {path}: part {shard}; `lora-opcm join` takes all parts")
     with Steps() as steps:
         loaded = [load_adapter(path) for path in steps("reading", adapters)]
-        checked(loaded, **call)
+        insisted = {name: value for name, value in call.items() if name != "ragged"}
+        _, _, matched, _ = checked(loaded, **insisted)
         if dry_run:
-            raise typer.Exit(_dry_run(loaded, call, output, overwrite, part, format, torch_dtype(dtype)))
+            raise typer.Exit(_dry_run(matched, call, output, overwrite, part, format, torch_dtype(dtype)))
         recipe.refuse_existing(output, overwrite, format or loaded[0].format)
         inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
@@ -322,6 +336,7 @@ def convert(
         Path | None, typer.Option(help="from kohya: an adapter of the same model, for the dots in the names")
     ] = None,
     dtype: OutDType = None,
+    drop: Drop = None,
     overwrite: Overwrite = False,
 ):
     """Write an adapter in another format, with the same numbers.
@@ -329,11 +344,11 @@ def convert(
     Kohya names have underscores for dots, which cannot be undone: to leave kohya, --like gives the names and
     the configuration of an adapter of the same model. Kohya has names for UNets and CLIP text encoders only.
     """
-    from ..files import load_adapter, renamed, save_adapter
+    from ..files import dropping, load_adapter, renamed, save_adapter
     from . import recipe
 
     recipe.refuse_existing(output, overwrite, to)
-    found = load_adapter(adapter)
+    (found,) = dropping([load_adapter(adapter)], drop or ())
     if like and found.format == "kohya" and to != "kohya":
         found = renamed(found, load_adapter(like))
     save_adapter(found, output, to, overwrite, torch_dtype(dtype))
@@ -347,12 +362,13 @@ def align_(
     overwrite: Overwrite = False,
 ):
     """The same update with the factors nearest to another adapter's: what a tool that averages factors needs."""
-    from ..files import load_adapter, save_adapter
+    from ..files import load_adapter, matched, save_adapter
     from ..gauge import align
     from . import recipe
 
     recipe.refuse_existing(output, overwrite)
-    save_adapter(align(load_adapter(adapter), load_adapter(to)), output, overwrite=overwrite)
+    one, other = matched([load_adapter(adapter), load_adapter(to)])
+    save_adapter(align(one, other), output, overwrite=overwrite)
 
 
 for command in (states.add, states.export, states.remove):

@@ -139,6 +139,16 @@ OutFormat = Annotated[
     typer.Option("--format", help="of the output, peft, kohya or diffusers; that of the inputs unless given"),
 ]
 
+Disjoint = Annotated[bool, typer.Option("--disjoint", help="merge adapters that have no module in common, too")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="take base models of different names for one")]
+Ragged = Annotated[
+    bool, typer.Option("--ragged", help="leave each module its own rank; zeros bring all to the largest otherwise")
+]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option("--drop", help="leave out the modules this pattern matches, such as 'lora_te*'; may be given again"),
+]
+
 
 def torch_dtype(dtype: DType | None) -> "torch.dtype | None":
     import torch

@@ -16,6 +16,7 @@ from ..files import Adapter, AdapterError, load_adapter, save_adapter, weights_o
 from ..files.disk import scratch, write_text
 from ..files.peft import CONFIG, WEIGHTS
 from ..files.table import names_in
+from ..files.write import one_file
 from ..lowrank import LowRank
 from ..merging.merge import merge
 from ..numerics import rounding
@@ -145,6 +146,8 @@ def refuse_existing(output: Path, overwrite: bool, format: str | None = None) ->
     """
     if format == "peft" and output.is_file() and overwrite:
         raise AdapterError(f"{output}: a PEFT adapter is a folder, got a file that exists")
+    if format == "peft" and output.suffix == ".safetensors":
+        raise AdapterError(one_file(output))
     if format not in (None, "peft") and (output.is_dir() or output.suffix != ".safetensors"):
         raise AdapterError(f"{output}: a {format} adapter is one file, expected a name ending in .safetensors")
     if output.is_file() or output.suffix == ".safetensors" and not output.is_dir():

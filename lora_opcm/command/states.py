@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import (
+    AnyBase,
     AsJson,
+    Disjoint,
     Energy,
     Inputs,
     OutDType,
     OutFormat,
     Output,
     Overwrite,
+    Ragged,
     Rank,
     Steps,
     note,
@@ -58,6 +61,8 @@ def add(
         int | None,
         typer.Option(min=1, help="for a new state: rank it keeps per module, which bounds its size"),
     ] = None,
+    disjoint: Disjoint = False,
+    any_base: AnyBase = False,
     as_json: AsJson = False,
 ):
     """Take adapters into a continual merge, one after the other.
@@ -80,7 +85,7 @@ def add(
             stream = _new(method or "opcm", given)
         for i, path in enumerate(adapters, 1):
             text = f"adding {path.name} ({i} of {len(adapters)})"
-            stream.add(load_adapter(path), name=path.name, progress=steps.of(text))
+            stream.add(load_adapter(path), path.name, steps.of(text), disjoint, any_base)
             stream.save(state)
     _table(stream, as_json)
 
@@ -92,6 +97,7 @@ def export(
     energy: Energy = None,
     dtype: OutDType = None,
     format: OutFormat = None,
+    ragged: Ragged = False,
     overwrite: Overwrite = False,
 ):
     """Write the merged adapter of a state."""
@@ -104,7 +110,8 @@ def export(
     refuse_existing(output, overwrite, format)
     stream = load_stream(state)
     try:
-        merged = stream.adapter(rank=rank, energy=energy)
+        refuse_existing(output, overwrite, format or (stream.like and stream.like.format))
+        merged = stream.adapter(rank=rank, energy=energy, ragged=ragged)
         path = save_adapter(merged, output, format, overwrite, torch_dtype(dtype))
     except (ValueError, LinAlgError) as error:
         raise AdapterError(f"{state}: {error}") from error
@@ -161,10 +168,11 @@ def _named(kind: "type[Stream]", option: str) -> str:
 
 def _new(method: str, given: dict[str, Any]) -> "Stream":
     from ..streams import streams
+    from ..values import nearest
 
     kinds = streams()
     if method not in kinds:
-        raise ValueError(f"--method {method}: expected one of {', '.join(kinds)}")
+        raise ValueError(f"--method {method}: expected one of {', '.join(kinds)}{nearest(method, kinds)}")
     options = {_named(kinds[method], name): value for name, value in given.items()}
     if foreign := options.keys() - kinds[method].defaults().keys():
         raise ValueError(f"--{min(foreign)} is no option of a state of {method}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..files import Adapter
+from ..files.names import twins
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
 
@@ -23,6 +24,7 @@ def inspected(adapter: Adapter, progress: Progress | None = None) -> tuple[list[
         if 0 < len(row["spectrum"]) < row["rank"]
     ]
     odd += [f"{name} is stored in full ({tuple(t.shape)}), not as factors" for name, t in adapter.saved.items()]
+    odd += [f"{' and '.join(names)} are one layer, under {len(names)} names" for names in twins(adapter)]
     summary = {
         "source": adapter.source,
         "format": adapter.format,
@@ -54,14 +56,17 @@ def _row(name: str, update: LowRank) -> dict:
     }
 
 
-def compared(names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"], modules: bool) -> list[dict]:
-    """One row a pair (or a module of a pair), from the `similarity` of each."""
+def compared(
+    names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"], modules: bool, sizes: Sequence[int]
+) -> list[dict]:
+    """One row a pair (or a module of a pair), from the `similarity` of each; `sizes`: modules of each adapter."""
     rows = []
     for (i, j), table in tables.items():
         pair = {"pair": f"{names[i]} + {names[j]}"}
         for module, part in table.groupby(level=0, sort=False) if modules else [("", table)]:
             mean, angles = part.mean(), part[["angle_left", "angle_right"]]
-            rows.append(pair | ({"module": module} if modules else {"modules": len(table)}) | {
+            alone = {"only first": sizes[i] - len(table), "only second": sizes[j] - len(table)}
+            rows.append(pair | ({"module": module} if modules else {"modules": len(table)} | alone) | {
                 "cosine": float(mean.cosine),
                 "φ outputs": float(mean.phi_left),
                 "× chance": float((part.phi_left / part.null_left).mean()),

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from numbers import Real
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import gauge
 from ..lowrank import LowRank, add
-from ..numerics import finite
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -108,9 +107,11 @@ class Adapter(Mapping[str, LowRank]):
         return len(self.modules)
 
     def __add__(self, other: "Adapter") -> "Adapter":
-        names = shapes_of([self, other])
-        both = {name: [a[name] for a in (self, other) if name in a] for name in names}
-        return combine([self, other], {name: add(us) if len(us) > 1 else us[0] for name, us in both.items()})
+        from .joint import combine, matched, shapes_of
+
+        pair = matched([self, other], disjoint=True)
+        both = {name: [a[name] for a in pair if name in a] for name in shapes_of(pair)}
+        return combine(pair, {name: add(us) if len(us) > 1 else us[0] for name, us in both.items()})
 
     def __mul__(self, factor: float) -> "Adapter":
         if not isinstance(factor, Real):
@@ -182,75 +183,6 @@ class Adapter(Mapping[str, LowRank]):
 def _feed(found, x: Tensor) -> None:
     found.update(f"{tuple(x.shape)} {x.dtype};".encode())
     found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # a column may have any stride
-
-
-def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank]) -> Adapter:
-    """One adapter with updates `modules`, and metadata that all of `adapters` agree on.
-
-    Kinds are united, the dtype is the widest, the rest is the first adapter's.
-
-    Raises
-    ------
-    AdapterError
-        If formats or base models differ (the last part of their names counts: a local copy of "org/name" is
-        the same), a module has another shape or is another kind of layer in one of them, or full tensors
-        (`saved`) are not equal.
-    """
-    shapes_of(adapters)
-    first = adapters[0]
-    kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}
-    for other in adapters[1:]:
-        both = f"{first.source} and {other.source}"
-        if other.format != first.format:
-            raise AdapterError(f"{both}: expected one format, got {first.format} and {other.format}")
-        bases = [(a.base_model or "").replace("\\", "/").rstrip("/") for a in (first, other)]
-        if all(bases) and len({b.rpartition("/")[2].lower() for b in bases}) > 1:
-            raise AdapterError(f"{both}: expected one base model, got {bases[0]} and {bases[1]}")
-        for name in other.modules:
-            kind = other.kinds.get(name, LINEAR)
-            if kinds.setdefault(name, kind) != kind:
-                raise AdapterError(f"{both}: {name}: expected one kind of layer, got {kinds[name]} and {kind}")
-        for name in sorted(first.saved.keys() | other.saved.keys()):
-            ours, theirs = first.saved.get(name), other.saved.get(name)
-            if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
-                raise AdapterError(
-                    f"{both}: {name}: expected one full tensor (modules_to_save) in both, got different ones;"
-                    " a merge of low-rank updates has no rule for them"
-                )
-    kinds = {name: kind for name, kind in kinds.items() if kind != LINEAR}
-    return replace(first.with_modules(modules), kinds=kinds, dtype=widest(a.dtype for a in adapters))
-
-
-def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
-    """Every module any adapter has, with the shape (m, n) all that have it agree on; AdapterError if they do not."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for adapter in adapters:
-        for name, update in adapter.modules.items():
-            if shapes.setdefault(name, update.shape) != update.shape:
-                raise AdapterError(
-                    f"{adapter.source}: {name} has shape {update.shape}, in an earlier adapter {shapes[name]}"
-                )
-    return shapes
-
-
-def scaled(like: Adapter, updates: Mapping[str, LowRank], factor: float = 1.0) -> Adapter:
-    """`updates` times `factor` with the metadata of `like`, in its dtype.
-
-    Each side takes the root of the factor, so that half precision overflows as late as it can.
-
-    Raises
-    ------
-    AdapterError
-        If a factor is not finite in that dtype.
-    """
-    root, modules = math.sqrt(abs(factor)), {}
-    for name, u in updates.items():
-        modules[name] = u = LowRank(u.left * math.copysign(root, factor), u.right * root).to(like.dtype)
-        if not (finite(u.left) and finite(u.right)):
-            raise AdapterError(
-                f"{like.source}: {name}: the merge is not finite in {like.dtype}, expected smaller updates"
-            )
-    return like.with_modules(modules)
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Diffusers files: a component before each name ("unet.", "transformer."), scales in the header."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -9,7 +10,7 @@ from .adapter import Adapter, AdapterError
 from .format import Contents, Format, Part, factors_of, no_names, size_of
 from .kohya import class_names
 from .peft import Scales, config_for, parse_config
-from .refusals import check_config
+from .refusals import and_more, check_config
 
 CONFIGS = "lora_adapter_metadata"  # where diffusers keeps a PEFT config, in the header
 COMPONENTS = {"unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "diffusion_model"}
@@ -25,16 +26,12 @@ SUFFIXES = {
 def scales(metadata: Mapping[str, str], names: Iterable[str], where: str) -> Callable[[str, int], float] | None:
     """(name, rank) → s for a diffusers file: the PEFT configs in its header, or None, which means s = 1.
 
-    Raises
-    ------
-    AdapterError
-        If there is neither a config nor a component ("unet.", …) that shows the file to be of diffusers: the
-        scale of PEFT factors without adapter_config.json is unknown.
+    A warning says so of names without a component ("unet.", …), which are diffusers' own in part only.
     """
     if CONFIGS not in metadata:
-        for name in names:
-            if not _component(name)[0]:
-                raise AdapterError(f"{where}: {name}: expected adapter_config.json beside it, for the scale")
+        bare = [f"{where}: {name}" for name in names if not _component(name)[0]]
+        if bare:
+            warnings.warn(f"{bare[0]}{and_more(bare)}: no component, config or alpha; read with scale 1", stacklevel=2)
         return None
     where = f"{where} ({CONFIGS})"
     packed = parse_config(metadata[CONFIGS], where)

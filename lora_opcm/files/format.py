@@ -1,7 +1,7 @@
 """What a file format is: which tensor is which factor of a module, how it lies there, and what its scale is."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..lowrank import LowRank
 from .adapter import LINEAR, Adapter, AdapterError
 
+INPUTS = "lora_opcm"  # the key in a header under which a merge says what it was made of
 # key -> (tensor, dtype to write it in); metadata of the header
 Contents = tuple[dict[str, tuple[Tensor, torch.dtype]], dict[str, str]]
 
@@ -88,6 +89,12 @@ class Stored(LowRank):
                     folded, dtype = wide, torch.float32
             left = folded
         return cls(left.to(dtype), right.to(dtype), up, down, scale, alpha)
+
+
+def folded(adapter: Adapter) -> Adapter:
+    """The scales that were stored beside the factors in the factors: a reader of tensors alone scales them right."""
+    modules = {n: LowRank(u.left, u.right) if getattr(u, "scale", 1) != 1 else u for n, u in adapter.items()}
+    return replace(adapter, modules=modules)
 
 
 def size_of(update: LowRank) -> tuple[int, float]:

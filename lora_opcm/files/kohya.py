@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .adapter import Adapter, AdapterError
-from .format import Contents, Format, Part, Stored, factors_of, no_names, size_of
+from .format import INPUTS, Contents, Format, Part, Stored, factors_of, no_names, size_of
 
 SUFFIXES = {".lora_down.weight": Part("down"), ".lora_up.weight": Part("up")}
 # class of the base model in a PEFT config -> prefix of kohya, component of diffusers
@@ -68,7 +68,9 @@ def header(metadata: Mapping[str, str], ranks: Iterable[int]) -> dict[str, str]:
 
 def contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> Contents:
     """Tensors and metadata of a kohya file."""
-    tensors, metadata = {}, adapter.metadata if adapter.format == "kohya" else {}
+    tensors, metadata = {}, adapter.metadata
+    if adapter.format != "kohya":
+        metadata = {key: value for key, value in metadata.items() if key == INPUTS}
     for name, update in adapter.modules.items():
         new = names[name]
         tensors[f"{new}.lora_up.weight"], tensors[f"{new}.lora_down.weight"] = factors_of(adapter, name, dtype)
@@ -81,6 +83,11 @@ def contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | No
     if not all(isinstance(u, Stored) for u in adapter.modules.values()):
         metadata = header(metadata, [size_of(u)[0] for u in adapter.modules.values()])
     return tensors, metadata
+
+
+def titled(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+    """The metadata of a merge with the name of its own file; that of anything else as it is."""
+    return {**metadata, "ss_output_name": name, "modelspec.title": name} if INPUTS in metadata else dict(metadata)
 
 
 FORMAT = Format("kohya", SUFFIXES, names, contents, lambda metadata, modules, where: None)

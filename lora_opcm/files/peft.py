@@ -38,7 +38,8 @@ def carried(key: str, modules_to_save: Iterable[str], factors: Mapping[str, Any]
     module, _, parameter = name.rpartition(".")
     if any(f"{m}." in name for m in modules_to_save if m):  # peft's own rule: a parent module ends in m
         return name
-    full = module.removesuffix(".base_layer") in factors or module.rpartition(".")[2] in EMBEDDINGS
+    layer = module.removesuffix(".base_layer")
+    full = layer in factors or layer.rpartition(".")[2] in EMBEDDINGS
     return name if full and parameter == "weight" else None
 
 

@@ -5,29 +5,40 @@ read when used: replace a file that is loaded (as `save_adapter` does), do not o
 """
 
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ..lowrank import LowRank
 from ..numerics import finite
 from . import peft
 from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError, Kind, widest
+from .diffusers import CONFIGS
 from .format import Stored
+from .parts import INDEX, PART, Tensors, opened
 from .peft import CONFIG, WEIGHTS
-from .refusals import PICKLES, check_config, refuse
+from .refusals import PICKLES, and_more, check_config, refuse
 from .table import formats
 
 MAX_TENSORS, MAX_NAME = 200_000, 500  # a hostile header must not cost more than a large adapter
+NUMBERS = (*FACTOR_DTYPES, "I64", "I32")  # of an α
 LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
 
 
 def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = None) -> Adapter:
     """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
 
-    A folder without an adapter of its own may hold one further down (`weights_of`).
+    A folder without an adapter of its own may hold one further down (`weights_of`). One in several files is read
+    through its index. What is read otherwise than it stands there (an integer α, names without a component, …) is
+    said in a warning.
 
     The format is detected by the keys. Scales: PEFT as its config says (`peft.Scales`); kohya α/r by the
     module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
@@ -42,6 +53,21 @@ def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = N
         or corrupt files, factors that are not float or hold NaN or Inf, shapes that do not fit, half a
         module, no module at all. The message names the file, the module, what came and what was expected.
     """
+    return _load(path, lambda tensors, layout: _read(tensors, layout, only or (lambda name: True)))
+
+
+def outline(path: str | os.PathLike) -> Adapter:
+    """An adapter with the names of its modules and full tensors, its format and its config, and no number."""
+
+    def read(tensors: Tensors, layout: Layout) -> Adapter:
+        nothing = LowRank(torch.zeros(0, 0), torch.zeros(0, 0))
+        modules, saved = dict.fromkeys(layout.factors, nothing), dict.fromkeys(layout.saved, torch.zeros(0))
+        return Adapter(modules, layout.base, layout.format, {}, layout.config, saved, source=layout.where)
+
+    return _load(path, read)
+
+
+def _load(path: str | os.PathLike, read: "Callable[[Tensors, Layout], Adapter]") -> Adapter:
     path = weights_of(path)
     if not path.suffix and not path.exists():
         raise AdapterError(f"{path}: no such file or folder")
@@ -52,15 +78,16 @@ def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = N
         )
     config = peft.read_config(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
     try:
-        with safe_open(path, framework="pt") as file:
-            return _read(file, path, config, only or (lambda name: True))
+        with ExitStack() as stack:
+            tensors = opened(path, stack)
+            return read(tensors, _layout(tensors, path, config))
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AdapterError(f"{path}: not a readable safetensors file (truncated?): {reason}") from error
 
 
 def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
-    """The file that holds the factors: `path` itself, or the one in a folder.
+    """The file that holds the factors, or the index of several: `path` itself, or the one in a folder.
 
     In a folder without an adapter, as a downloaded snapshot may be, the one adapter up to `depth` levels down.
 
@@ -75,6 +102,9 @@ def weights_of(path: str | os.PathLike, depth: int = 3) -> Path:
     for suffix in (".safetensors", *sorted(PICKLES)):
         if (folder / WEIGHTS).with_suffix(suffix).is_file():
             return (folder / WEIGHTS).with_suffix(suffix)
+    parts = sorted(folder.glob("*" + INDEX)) or [p for p in sorted(folder.glob("*.safetensors")) if PART.search(p.name)]
+    if parts:
+        return parts[0]
     hint = ""
     if not (folder / CONFIG).is_file():
         files = sorted(folder.glob("*.safetensors"))
@@ -125,22 +155,37 @@ def group(keys: Iterable[str], where: str) -> tuple[set[str], dict[str, dict[str
     return dialects, factors, [k for k in rest if k not in alphas]
 
 
-def _read(file, path: Path, config: dict | None, only: Callable[[str], bool]) -> Adapter:
-    where, metadata = str(path), file.metadata() or {}
-    if len(file.keys()) > MAX_TENSORS or max(map(len, file.keys()), default=0) > MAX_NAME:
+@dataclass
+class Layout:
+    """What is known of an adapter before a tensor is read: what `group` found, and who says the scales."""
+
+    where: str
+    format: str
+    base: Any
+    config: dict
+    metadata: dict[str, str]
+    factors: dict[str, dict[str, str]]
+    saved: dict[str, str]
+    scales: Callable[[str, int], float] | None
+
+
+def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
+    where, metadata = str(path), tensors.metadata
+    if len(tensors.keys()) > MAX_TENSORS or max(map(len, tensors.keys()), default=0) > MAX_NAME:
         raise AdapterError(
-            f"{where}: {len(file.keys())} tensors with names of up to {max(map(len, file.keys()))} characters,"
+            f"{where}: {len(tensors.keys())} tensors with names of up to {max(map(len, tensors.keys()))} characters,"
             f" expected at most {MAX_TENSORS} and {MAX_NAME}: no adapter has more"
         )
-    dialects, factors, rest = group(file.keys(), where)
-    saved, scales = {}, None
+    dialects, factors, rest = group(tensors.keys(), where)
+    rest = _without_zeros(tensors, rest, where)
+    saved: dict[str, str] = {}
     if dialects <= {"peft"} and config is not None:
         format, config_path = "peft", str(path.parent / CONFIG)
         check_config(config, config_path)
         rest += [parts["alpha"] for parts in factors.values() if "alpha" in parts]
         names = {k: peft.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         refuse([k for k, name in names.items() if name is None], where)
-        saved = {n: _tensor(file, key, where, factor=False) for key, n in names.items() if only(n)}
+        saved = {name: key for key, name in names.items() if name is not None}
         scales = peft.Scales(config, config_path)
         base = config.get("base_model_name_or_path")
     else:
@@ -150,29 +195,55 @@ def _read(file, path: Path, config: dict | None, only: Callable[[str], bool]) ->
         if len(dialects) > 1:
             raise AdapterError(f"{where}: expected keys of one format, got {' and '.join(sorted(dialects))}")
         (format,), config = dialects, {}
-        scales = formats()[format].scales(metadata, factors, where)
+        unsaid = {n: min(parts.values()) for n, parts in factors.items() if "alpha" not in parts}
+        wrapped = [n for n, key in unsaid.items() if key.startswith(peft.PREFIX)]
+        if wrapped and format == "diffusers" and CONFIGS not in metadata:
+            raise AdapterError(f"{where}: {wrapped[0]}: expected {CONFIG} beside it, for the scale")
+        scales = formats()[format].scales(metadata, unsaid, where)
         base = metadata.get("ss_base_model_version")
     if not factors:
         raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
+    return Layout(where, format, base if isinstance(base, str) else None, config, metadata, factors, saved, scales)
+
+
+def _without_zeros(tensors: Tensors, keys: list[str], where: str) -> list[str]:
+    """The keys but those of full differences that are zero, as some trainers write them."""
+    full = [k for k in keys if re.search(r"\.diff(_b)?$", k)]
+    zero = {k for k in full if not bool(_tensor(tensors, k, where).any())}
+    if zero and len(zero) == len(full):
+        warnings.warn(f"{where}: {min(zero)}{and_more(full)}: differences that are zero, left out", stacklevel=2)
+        return [k for k in keys if k not in zero]
+    return keys
+
+
+def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adapter:
+    factors, where = layout.factors, layout.where
+    saved = {n: _tensor(tensors, key, where, DTYPES.values()) for n, key in layout.saved.items() if only(n)}
+    if empty := [n for n, t in saved.items() if not t.numel()]:
+        raise AdapterError(
+            f"{where}: {empty[0]}: a full tensor of shape {tuple(saved[empty[0]].shape)}, which holds nothing"
+        )
     modules, kinds = {}, {}
     for name in filter(only, factors):
         parts = factors[name]
-        modules[name] = update = _update(file, name, parts, scales, where)
+        modules[name] = update = _update(tensors, name, parts, layout.scales, where)
         if "embedding" in parts:
             kinds[name] = Kind("embedding")
         elif update.down.ndim > 2:
             kinds[name] = Kind("conv", tuple(update.down.shape[2:]))
+    whole = [n for n, u in modules.items() if u.alpha is not None and not u.alpha.is_floating_point()]
+    if whole:
+        warnings.warn(f"{where}: {whole[0]}.alpha{and_more(whole)}: stored as integers, read as numbers", stacklevel=2)
     keys = [parts[role] for parts in factors.values() for role in ("up", "down") if role in parts]
-    names = {file.get_slice(key).get_dtype() for key in keys}  # of all factors, whatever `only` says
+    names = {tensors.dtype(key) for key in keys}  # of all factors, whatever `only` says
     dtype = widest(t for t in DTYPES if DTYPES[t] in names & set(FACTOR_DTYPES))
-    base = base if isinstance(base, str) else None
-    return Adapter(modules, base, format, kinds, config, saved, metadata, dtype, where)
+    return Adapter(modules, layout.base, layout.format, kinds, layout.config, saved, layout.metadata, dtype, where)
 
 
-def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Stored:
+def _update(tensors: Tensors, name: str, parts: dict[str, str], scales, where: str) -> Stored:
     if "up" not in parts or "down" not in parts:
         raise AdapterError(f"{where}: {name}: expected two factors, got only {min(parts.values())}")
-    up, down = (_tensor(file, parts[role], where) for role in ("up", "down"))
+    up, down = (_tensor(tensors, parts[role], where) for role in ("up", "down"))
     shapes = f"{where}: {name}: {parts['up']} is {tuple(up.shape)} and {parts['down']} {tuple(down.shape)}"
     if up.ndim != down.ndim or up.ndim < 2 or set(up.shape[2:]) - {1} or not up.numel() * down.numel():
         raise AdapterError(f"{shapes}, expected (m, r) and (r, n), or (out, r, 1, 1) and (r, in, h, w)")
@@ -180,7 +251,7 @@ def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Store
     if up.shape[1] != rank:
         hint = " (a grouped convolution?)" if up.ndim > 2 else ""
         raise AdapterError(f"{shapes}, expected one rank, got {up.shape[1]} and {rank}{hint}")
-    alpha = _tensor(file, parts["alpha"], where) if "alpha" in parts else None
+    alpha = _tensor(tensors, parts["alpha"], where, NUMBERS) if "alpha" in parts else None
     if alpha is None:
         scale = scales(name, rank) if scales else 1.0
     elif alpha.numel() != 1 or not float(alpha):
@@ -197,12 +268,11 @@ def _update(file, name: str, parts: dict[str, str], scales, where: str) -> Store
     return update
 
 
-def _tensor(file, key: str, where: str, factor: bool = True) -> Tensor:
-    dtype = file.get_slice(key).get_dtype()
-    expected = FACTOR_DTYPES if factor else DTYPES.values()
+def _tensor(tensors: Tensors, key: str, where: str, expected: Iterable[str] = FACTOR_DTYPES) -> Tensor:
+    dtype = tensors.dtype(key)
     if dtype not in expected:
         raise AdapterError(f"{where}: {key} is {dtype} (quantised?), expected one of {', '.join(expected)}")
-    tensor = file.get_tensor(key)
+    tensor = tensors[key]
     if not finite(tensor):
         raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
     return tensor

@@ -19,7 +19,6 @@ REFUSED_KEYS = [
     (r"\.lora_velora", "VeLoRA buffers"),
     (r"\.diff(_b)?$", "full weight differences"),
     (r"_lora\.(down|up)\.weight$", "attention-processor keys of an old diffusers (convert them there first)"),
-    (r"\.lora_[AB]\.[^.]+\.weight$", "a key with an adapter name inside (save with save_pretrained)"),
     (r"token_adapter|trainable_tokens", "trainable_token_indices"),
     (r"^bundle_emb\.|^emb_params$|string_to_param", "textual-inversion embeddings"),
     (r"prompt_embeddings$", "prompt tuning"),

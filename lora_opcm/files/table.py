@@ -3,6 +3,7 @@
 from functools import cache
 
 from .. import plugins
+from ..values import nearest
 from . import diffusers, kohya, peft
 from .adapter import Adapter, AdapterError
 from .format import Format
@@ -17,7 +18,8 @@ def formats() -> dict[str, Format]:
 def names_in(format: str, adapter: Adapter) -> dict[str, str]:
     """Module name of an adapter → its name in a file of a format; AdapterError where there is none."""
     if format not in formats():
-        raise AdapterError(f"{adapter.source}: format is {format!r}, expected one of {', '.join(formats())}")
+        hint = nearest(str(format), formats())
+        raise AdapterError(f"{adapter.source}: format is {format!r}, expected one of {', '.join(formats())}{hint}")
     if format == adapter.format:
         return {name: name for name in adapter.modules}
     return formats()[format].names(adapter)

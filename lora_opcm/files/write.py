@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from . import peft
+from . import kohya, peft
 from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError
 from .disk import replacing, scratch, write_bytes, write_safetensors
-from .format import size_of
+from .format import folded, size_of
 from .peft import CONFIG, WEIGHTS
 from .refusals import and_more
 from .table import formats, names_in
@@ -27,8 +27,9 @@ def save_adapter(
     """Write an adapter that other tools load, and return its path.
 
     Updates that were not touched since loading (`Stored`) are written bit for bit, with the scale they came
-    with; all others with scale 1 (α = r) in the adapter's dtype. Everything goes to temporary names beside
-    the output and is renamed at the end, the config last: what was there stays whole until then.
+    with; all others with scale 1 (α = r) in the adapter's dtype. In another format the scales are folded into the
+    factors, so that who reads tensors only is right, too; not in kohya's, whose α is a tensor. Everything goes to
+    temporary names beside the output and is renamed at the end, the config last: what was there stays whole until then.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def save_adapter(
     format : {"peft", "kohya", "diffusers"}, optional
         The adapter's own unless given. PEFT and diffusers names can become kohya names, and PEFT names those
         of diffusers, for UNets and CLIP text encoders (`kohya.names`); no other change of format is
-        defined without the base model, see `renamed`. The scales of a diffusers file stand in its header.
+        defined without the base model, see `renamed`.
     overwrite : bool
         Whether an adapter that is there may be replaced.
     dtype : torch.dtype, optional
@@ -66,17 +67,30 @@ def save_adapter(
     odd = [n for n, kind in adapter.kinds.items() if kind.name == "embedding"] + list(adapter.saved)
     if odd:
         raise AdapterError(f"{adapter.source}: {odd[0]} is an embedding or a full tensor, which {format} cannot hold")
-    contents = formats()[format].contents(adapter, names, dtype)
+    if format not in (adapter.format, "kohya"):
+        adapter = folded(adapter)
+    tensors, metadata = formats()[format].contents(adapter, names, dtype)
+    if format == "kohya":
+        metadata = kohya.titled(metadata, path.stem)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        write_safetensors(temporary, *contents, str(path))
+        write_safetensors(temporary, tensors, metadata, str(path))
     return path
+
+
+def one_file(path: Path) -> str:
+    """What is wrong with the name of a file for a PEFT adapter."""
+    return (
+        f"{path}: a PEFT adapter is a folder, got the name of a file; name a folder, or ask for --format kohya or"
+        " diffusers (format=), which are one file"
+    )
 
 
 def renamed(adapter: Adapter, like: Adapter) -> Adapter:
     """An adapter of kohya names under the names, the format and the configuration of another of the same model.
 
-    Underscores cannot be turned into dots without knowing the names: `like` knows them.
+    Its scales are folded into the factors. Underscores cannot be turned into dots without knowing the names: `like`
+    knows them.
 
     Raises
     ------
@@ -90,13 +104,15 @@ def renamed(adapter: Adapter, like: Adapter) -> Adapter:
             f"{adapter.source}: {missing[0]}{and_more(missing)}: {like.source} has no such module, expected an"
             " adapter of the same model on all of these modules"
         )
-    modules = {dotted[name]: update for name, update in adapter.modules.items()}
+    modules = {dotted[name]: update for name, update in folded(adapter).items()}
     kinds = {dotted[name]: kind for name, kind in adapter.kinds.items()}
     new = like.with_modules(modules)
     return replace(new, kinds=kinds, dtype=adapter.dtype, saved={}, source=adapter.source)
 
 
 def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.dtype | None) -> Path:
+    if folder.suffix == ".safetensors":
+        raise AdapterError(one_file(folder))
     if folder.is_file():
         raise AdapterError(f"{folder}: a PEFT adapter is a folder, got a file that exists")
     found = [name for name in (CONFIG, WEIGHTS, "adapter_model.bin") if (folder / name).exists()]

@@ -3,93 +3,22 @@
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..files import Adapter, combine, load_adapter, scaled, shapes_of
+from ..files import Adapter, combine, dropping, level, load_adapter, matched, scaled, shapes_of
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
 from ..values import Energy, Limit, Scale, expect, norms
 from .core import Core
 from .method import Method, method_of
+from .space import SPACES, Merged, merge_module, side_by_side
 
 BATCH = 2**28  # numbers that are stacked on a device at once
 Source = Adapter | str | os.PathLike
 Item = tuple[str, list[LowRank] | None, Core | None]  # name of a module; on a device, its updates and their core
-
-
-class Merged(NamedTuple):
-    """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
-
-    `sizes` has, for every group (`lora_opcm` has two), the squared norm of the uncut sum, then those of its parts; it
-    is empty where the scale asks for no norms.
-    """
-
-    update: LowRank
-    dropped: float
-    sizes: list[list[float]]
-
-
-# -- where rules run ------------------------------------------------------------------------------------------
-
-
-class Space(NamedTuple):
-    """What a rule is given of one module, how its result becomes an update, and how large that and its parts are."""
-
-    enter: Callable[[Sequence[LowRank]], Any]
-    leave: Callable[[Any, Any, int | None, float | None], tuple[LowRank, float]]
-    sizes: Callable[[Any, Any], list[list[float]]]
-
-
-def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
-    return (
-        core.lift(found, rank, energy) if isinstance(found, Tensor) else _outside(core, *found).truncate(rank, energy)
-    )
-
-
-def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
-    """Columns in the core, rows in the coordinates of the layer's inputs: what cannot be lifted by rotation."""
-    return LowRank(core.left @ left, right.mT.to(core.left.columns.dtype))
-
-
-def _sizes_in_core(core: Core, found) -> list[list[float]]:
-    size = float(found.square().sum()) if isinstance(found, Tensor) else _outside(core, *found).norm() ** 2
-    return [[size, *core.norms()]]
-
-
-def _sizes_of_updates(updates: list[LowRank], found) -> list[list[float]]:
-    return found[1] if isinstance(found, tuple) else [[u.norm() ** 2 for u in (found, *updates)]]
-
-
-SPACES = {
-    "core": Space(Core.of, _leave_core, _sizes_in_core),
-    "updates": Space(
-        lambda updates: [u.wide() for u in updates],
-        lambda updates, found, *cut: (found[0] if isinstance(found, tuple) else found).truncate(*cut),
-        _sizes_of_updates,
-    ),
-    "dense": Space(
-        lambda updates: [u.left.double() @ u.right.double() for u in updates],
-        lambda deltas, found, *cut: LowRank.from_dense(found).truncate(*cut),
-        lambda deltas, found: [[float(x.square().sum()) for x in (found, *deltas)]],
-    ),
-}
-
-
-def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], sized: bool, options: Mapping) -> Merged:
-    """The merge of one module, entered into the method's space already; `cut` has its rank and energy."""
-    space, late = SPACES[method.space], dict(cut)
-    early = {name: late.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
-    found = method.rule(inside, **options, **early)
-    update, dropped = space.leave(inside, found, late.get("rank"), late.get("energy"))
-    return Merged(update.to("cpu"), dropped, space.sizes(inside, found) if sized else [])
-
-
-# -- whole adapters --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +32,14 @@ class Part:
     sizes : dict of str to list of list of float
         Per module, see `Merged`.
     scale : float or str
+    ragged : bool
+        Whether modules may have ranks of their own.
     """
 
     adapter: Adapter
     sizes: dict[str, list[list[float]]]
     scale: float | str
+    ragged: bool = False
 
     @property
     def factor(self) -> float:
@@ -124,8 +56,9 @@ class Part:
         return factor
 
     def finish(self) -> Adapter:
-        """Scaled, in the dtype of the inputs."""
-        return replace(scaled(self.adapter, self.adapter.modules, self.factor), dropped=self.adapter.dropped)
+        """Scaled, in the dtype of the inputs, at one rank."""
+        whole = replace(scaled(self.adapter, self.adapter.modules, self.factor), dropped=self.adapter.dropped)
+        return whole if self.ragged else level(whole)
 
 
 def merge(
@@ -138,6 +71,10 @@ def merge(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    disjoint: bool = False,
+    any_base: bool = False,
+    ragged: bool = False,
+    drop: Sequence[str] = (),
     **options,
 ) -> Adapter:
     """One adapter out of several: `merge(a, b, method="tsv")`, or `merge([a, b], "tsv")`.
@@ -145,7 +82,8 @@ def merge(
     Parameters
     ----------
     inputs : Adapter or path, or one sequence of them
-        Ranks and module sets may differ; a module an adapter lacks counts as zero.
+        Ranks and module sets may differ; a module an adapter lacks counts as zero. Known spellings of one layer are
+        merged as one, under the name the first adapter gives it, with a warning that says so; formats may differ then.
     method : str
         A name of the table, see `methods()`.
     weights : sequence of float, optional
@@ -163,23 +101,36 @@ def merge(
     progress : callable, optional
         Wrapped around the modules (on a device, the batches) as they are done, called with an iterable and
         `total`: `tqdm.tqdm` will do.
+    disjoint : bool
+        Whether adapters may have no module in common.
+    any_base : bool
+        Whether the names of their base models may differ.
+    ragged : bool
+        Whether modules keep ranks of their own. If not, zeros bring all to the largest, so that readers that know
+        one rank and one α scale every module right.
+    drop : sequence of str
+        Modules and full tensors to leave out: names, or patterns of `fnmatch`.
     **options
         Of the method.
 
     Returns
     -------
     Adapter
-        On the CPU, in the balanced gauge; computed in float64 cores. `dropped` has, per module, the share of the
-        squared norm that truncation cut off.
+        On the CPU, in the balanced gauge; computed in float64 cores. Plain sums that are not cut (`cat`,
+        `task_arithmetic`) are the stored factors side by side. `dropped` has, per module, the share of the squared norm
+        that truncation cut off.
 
     Raises
     ------
     ValueError
         For an unknown method or option, no adapters, a wrong number of weights, NaN or Inf among them, or
-        shapes that differ. `AdapterError`, a ValueError, where base models or full tensors disagree.
+        shapes that differ. `AdapterError`, a ValueError, where base models or full tensors disagree, or no module is
+        in two adapters.
     """
     adapters, method = _taken(inputs, method)
-    return merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, **options).finish()
+    insisted = {"disjoint": disjoint, "any_base": any_base, "ragged": ragged, "drop": drop}
+    part = merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, **insisted, **options)
+    return part.finish()
 
 
 def _taken(inputs: tuple, method: str) -> tuple[list[Adapter], str]:
@@ -202,19 +153,28 @@ def merge_part(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    ragged: bool = False,
     **options,
 ) -> Part:
     """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
-    entry, weights, merged = checked(adapters, method, weights, scale, rank, energy, **options)
+    entry, weights, adapters, merged = checked(adapters, method, weights, scale, rank, energy, **options)
+    for name in ("disjoint", "any_base", "drop"):
+        options.pop(name, None)
     scale, shapes = entry.scale if scale is None else scale, shapes_of(adapters)
+    sized = norms(scale) is not None
+    if plain := entry.plain and rank is None and energy is None:
+        device = None  # there is no product to make
 
     def one(item: Item) -> Merged:
         name, updates, core = item  # without a device, updates are made when a module's turn comes
-        inside = core or SPACES[entry.space].enter(updates or _updates(adapters, name, weights))
+        updates = updates or _updates(adapters, name, weights)
+        if plain and sum(u.rank for u in updates) <= min(shapes[name]):
+            return side_by_side(updates, sized)
+        inside = core or SPACES[entry.space].enter(updates)
         cut = {"rank": rank, "energy": energy}
         if entry.largest and rank is None and energy is None:
             cut["rank"] = max(1, *(a.modules[name].rank for a in adapters if name in a.modules))
-        return merge_module(entry, inside, cut, norms(scale) is not None, _local(options, entry, name))
+        return merge_module(entry, inside, cut, sized, _local(options, entry, name))
 
     found: dict[str, Merged] = {}
     if device is None:
@@ -237,7 +197,7 @@ def merge_part(
         dropped={name: found[name].dropped for name in shapes},
         dtype=dtype or merged.dtype,
     )
-    return Part(merged, {name: found[name].sizes for name in shapes}, scale)
+    return Part(merged, {name: found[name].sizes for name in shapes}, scale, ragged)
 
 
 def checked(
@@ -247,9 +207,15 @@ def checked(
     scale: float | str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    disjoint: bool = False,
+    any_base: bool = False,
+    drop: Sequence[str] = (),
     **options,
-) -> tuple[Method, list[float], Adapter]:
-    """What `merge` refuses before it works, see there: the method, the weights, and the metadata of the result."""
+) -> tuple[Method, list[float], list[Adapter], Adapter]:
+    """What `merge` refuses before it works, see there.
+
+    Returns the method, the weights, the adapters under one name for each layer, and the metadata of the result.
+    """
     entry = method_of(method)
     entry.check(**options)
     expect(Limit, rank=rank)
@@ -263,7 +229,8 @@ def checked(
         raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, got {weights}")
-    return entry, weights, combine(adapters, adapters[0].modules)
+    adapters = matched(dropping(adapters, drop), disjoint)
+    return entry, weights, adapters, combine(adapters, adapters[0].modules, any_base)
 
 
 def _local(options: Mapping, method: Method, name: str) -> dict:

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .. import plugins
-from ..values import expect_options, value_of
+from ..values import expect_options, nearest, value_of
 
 if TYPE_CHECKING:
     import pandas
@@ -51,6 +51,8 @@ class Method:
         Whether it needs Gram matrices of the layers' inputs.
     largest : bool
         Whether it is cut to the largest rank of the adapters unless told otherwise.
+    plain : bool
+        Whether it is the sum of the updates, which factors side by side are, where nothing is cut.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Method:
     scale: float | str = 1.0
     data: bool = False
     largest: bool = False
+    plain: bool = False
 
     def __post_init__(self):
         if self.space not in SPACES:
@@ -100,7 +103,9 @@ class Method:
     def check(self, **options: object) -> None:
         """Raise a ValueError for an option that the rule does not have, or a value that is none."""
         if unknown := options.keys() - self.options.keys():
-            raise ValueError(f"{self.name} has no option {sorted(unknown)}; it takes {sorted(self.options) or 'none'}")
+            hint = nearest(min(unknown), self.options)
+            known = sorted(self.options) or "none"
+            raise ValueError(f"{self.name} has no option {sorted(unknown)}; it takes {known}{hint}")
         expect_options(self.rule, **options)
 
 
@@ -142,7 +147,8 @@ def method_of(name: str) -> Method:
     """The method of this name; ValueError with the nearest names if there is none."""
     methods = table()
     if name not in methods:
-        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(sorted(methods))}")
+        hint = nearest(name, methods)
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(sorted(methods))}{hint}")
     return methods[name]
 
 

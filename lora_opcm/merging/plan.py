@@ -24,7 +24,8 @@ from functools import cache
 
 import torch
 
-from ..files import Adapter, combine, shapes_of
+from ..files import Adapter, matched, shapes_of
+from ..files.adapter import widest
 from ..numerics import nonzero_svd
 from ..parallel import parallel_map
 from ..values import Limit, expect
@@ -214,8 +215,8 @@ def plan(
         dtype = dtype or torch.float16
         read = sum((m + n) * sum(ranks) for m, n in shapes.values()) * dtype.itemsize
     else:
-        shapes = shapes_of(what)
-        dtype = dtype or combine(what, what[0]).dtype
+        what = matched(what, disjoint=True)
+        shapes, dtype = shapes_of(what), dtype or widest(a.dtype for a in what)
         each = {name: [a[name].rank for a in what if name in a] for name in shapes}
         read = sum((u.shape[0] + u.shape[1]) * u.rank * a.dtype.itemsize for a in what for u in a.values())
     machine = machine or calibrate()
@@ -223,7 +224,7 @@ def plan(
     products, work, passed = (sum(f[i] for f in found.values()) for i in range(3))
     largest = {name: rank or (max(each[name]) if entry.largest else found[name][4]) for name in found}
     kept = {name: min(f[4], largest[name]) for name, f in found.items()}
-    numbers = sum((m + n) * kept[name] for name, (m, n) in shapes.items())
+    numbers = sum(map(sum, shapes.values())) * max(kept.values())  # all modules are written at one rank
     written, held = numbers * dtype.itemsize, max(f[3] for f in found.values())
     return Plan(
         method, entry.space, len(shapes), max(map(sum, each.values())), max(kept.values()),

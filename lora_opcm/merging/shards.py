@@ -11,7 +11,7 @@ rounded. The same bytes need the same numerics: one version of torch, one kind o
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from ..files import Adapter, AdapterError, load_adapter
+from ..files import Adapter, AdapterError, dropping, load_adapter, outline
 from ..files.bundle import damaged, load_bundle, save_bundle
+from ..files.joint import respell, spellings
 from ..lowrank import LowRank
 from .merge import Part, merge_part
 
@@ -66,7 +67,7 @@ def merge_shard(
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"expected a shard (index, count) with 0 ≤ index < count, got {shard}")
-    part = merge_part([load_adapter(path, only=lambda name: belongs(name, shard)) for path in adapters], method, **call)
+    part = merge_part(_own(adapters, shard, call), method, **call | {"disjoint": True, "drop": ()})
     said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
     content = Shard(
         shard=shard,
@@ -80,6 +81,16 @@ def merge_shard(
     tensors = {f"left/{name}": u.left for name, u in part.adapter.items()}
     tensors |= {f"right/{name}": u.right for name, u in part.adapter.items()}
     return save_bundle(output, "shard", part.adapter, content, tensors)
+
+
+def _own(paths: Sequence[str | os.PathLike], shard: tuple[int, int], call: Mapping[str, Any]) -> list[Adapter]:
+    """What a shard merges of the adapters: their names, which the whole of them decides, and no other tensor."""
+    whole = dropping([outline(path) for path in paths], call.get("drop", ()))
+    own = []
+    for path, names in zip(paths, spellings(whole, call.get("disjoint", False)), strict=True):
+        part = load_adapter(path, only=lambda name, names=names: name in names and belongs(names[name], shard))
+        own.append(respell(part, names, whole[0].format))
+    return own
 
 
 def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, list[tuple[str, str]]]:
@@ -122,7 +133,8 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, list[tuple[
     fields: dict[str, Any] = {
         field: _united(getattr(p.adapter, field) for p in parts) for field in ("modules", "kinds", "saved", "dropped")
     }
-    whole = Part(replace(like, **fields), _united(p.sizes for p in parts), parts[0].scale)
+    ragged = expected[1].get("ragged", False)
+    whole = Part(replace(like, **fields), _united(p.sizes for p in parts), parts[0].scale, ragged)
     return whole.finish(), expected[1], expected[2]
 
 

@@ -12,8 +12,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..files import Adapter, combine, scaled
-from ..files.bundle import DamagedError, damaged, load_bundle, save_bundle
+from ..files import Adapter, combine, level, matched, scaled
+from ..files.adapter import widest
+from ..files.bundle import FLOATS, DamagedError, damaged, load_bundle, save_bundle
+from ..files.joint import lasting
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
 from ..values import expect_options, norms
@@ -22,12 +24,13 @@ S = TypeVar("S")  # what a stream keeps of one module
 
 
 class Member(msgspec.Struct):
-    """One adapter that a stream took in: its name, its norm ‖Δ‖_F, its `Adapter.id`, and what taking it in did."""
+    """One adapter that a stream took in: name, norm ‖Δ‖_F, `Adapter.id`, what taking it in did, dtype."""
 
     name: str
     norm: float
     id: str
     record: dict[str, int | float]  # a count is read back as one, so that going on writes the same bytes
+    dtype: str = ""
 
 
 class Content(msgspec.Struct):
@@ -125,17 +128,28 @@ class Stream(ABC, Generic[S]):
 
     # -- what is the same for all --------------------------------------------------------------------------------
 
-    def add(self, adapter: Adapter, name: str | None = None, progress: Progress | None = None) -> Self:
+    def add(
+        self,
+        adapter: Adapter,
+        name: str | None = None,
+        progress: Progress | None = None,
+        disjoint: bool = False,
+        any_base: bool = False,
+    ) -> Self:
         """Take in one adapter. A module it lacks counts as zero.
 
-        `progress` is wrapped around the modules as they are done, as in `merge`.
+        Known spellings of one layer are one, under the name it came with first. `progress`, `disjoint` and
+        `any_base` are those of `merge`.
 
         Raises
         ------
         AdapterError
-            As `combine`, if it does not go with what was added before: the state is then as it was.
+            As `matched` and `combine`, if it does not go with what was added before: the state is then as it was.
         """
-        like = adapter if self.like is None else combine([self.like, adapter], self.like.modules)
+        like, said = adapter, (adapter.norm(), adapter.id, {}, str(adapter.dtype).removeprefix("torch."))
+        if self.like is not None:
+            _, adapter = pair = matched([self.like, adapter], disjoint)
+            like = combine(pair, self.like.modules, any_base)
         kept = self.state.modules
 
         def grown(item: tuple[str, LowRank]) -> tuple[S, dict[str, float]]:
@@ -147,7 +161,7 @@ class Stream(ABC, Generic[S]):
             for key, number in each.items():
                 numbers[key] = numbers.get(key, 0.0) + number
         new = State(kept | {module: s for module, (s, _) in found.items()}, list(self.state.members))
-        member = Member(name or f"adapter {len(new.members) + 1}", adapter.norm(), adapter.id, {})
+        member = Member(name or f"adapter {len(new.members) + 1}", *said)
         new.members.append(member)
         member.record = self.record(numbers, new, member.norm)
         self.state, self.like = new, self._shaped(like, new)
@@ -156,8 +170,8 @@ class Stream(ABC, Generic[S]):
     def remove(self, adapter: Adapter, progress: Progress | None = None) -> Self:
         """Take out an adapter: the state is then as if it had never come, to rounding.
 
-        A module of which nothing is left is dropped. Metadata stays: the dtype is still the widest of all that
-        came, and what the first adapter said of its base model and configuration holds.
+        A module of which nothing is left is dropped, and the dtype is the widest of what is left. What the first
+        adapter said of its base model and configuration holds.
 
         Raises
         ------
@@ -174,17 +188,20 @@ class Stream(ABC, Generic[S]):
             )
         if shrink is None or len(self.state.members) == 1:
             raise ValueError(f"cannot remove {adapter.source}: it is the only adapter of the state")
+        if self.like is not None:
+            _, adapter = matched([self.like, adapter], disjoint=True)
         kept = self.state.modules
         held = [module for module in adapter if module in kept]  # one that is zero may be gone
         left = parallel_map(lambda module: shrink(kept[module], adapter[module]), held, progress)
         new = {k: s for k, s in (kept | dict(zip(held, left, strict=True))).items() if s is not None}
         self.state = State(new, [m for m in self.state.members if m is not found])
         if self.like is not None:
-            self.like = self._shaped(self.like, self.state)
+            left = [FLOATS.get(m.dtype, self.like.dtype) for m in self.state.members]
+            self.like = replace(self._shaped(self.like, self.state), dtype=widest(left))
         return self
 
-    def adapter(self, rank: int | None = None, energy: float | None = None) -> Adapter:
-        """The merged adapter, scaled, truncated if asked; `dropped` says what that cut off.
+    def adapter(self, rank: int | None = None, energy: float | None = None, ragged: bool = False) -> Adapter:
+        """The merged adapter, scaled, truncated if asked; `dropped` says what that cut off. `ragged` as in `merge`.
 
         Raises
         ------
@@ -197,7 +214,8 @@ class Stream(ABC, Generic[S]):
         cut = parallel_map(lambda u: u.truncate(rank, energy), updates.values())
         dropped = {name: share for name, (_, share) in zip(updates, cut, strict=True)}
         merged = scaled(self.like, {n: u for n, (u, _) in zip(updates, cut, strict=True)}, self._factor(updates))
-        return replace(merged, dropped=dropped)
+        merged = replace(merged, dropped=dropped, metadata=lasting(self.like.metadata, self.state.names))
+        return merged if ragged else level(merged)
 
     def _factor(self, updates: Mapping[str, LowRank]) -> float:
         scale = self.options.get("scale", 1.0)

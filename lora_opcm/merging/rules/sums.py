@@ -6,7 +6,7 @@ from ..core import Core
 from ..method import merge_method
 
 
-@merge_method("cat", source="exact sum; peft's cat", keeps="one sum")
+@merge_method("cat", source="exact sum; peft's cat", keeps="one sum", plain=True)
 def cat(core: Core) -> Tensor:
     """The exact sum of the updates, of the sum of their ranks."""
     return core.total()
@@ -18,7 +18,7 @@ def mean(core: Core) -> Tensor:
     return core.total() / len(core.factors)
 
 
-@merge_method("task_arithmetic", source="Ilharco et al., arXiv 2212.04089", keeps="one sum")
+@merge_method("task_arithmetic", source="Ilharco et al., arXiv 2212.04089", keeps="one sum", plain=True)
 def task_arithmetic(core: Core) -> Tensor:
     """The sum of the updates, as large as they are together."""
     return core.total()

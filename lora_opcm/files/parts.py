@@ -1,0 +1,110 @@
+"""The tensors of an adapter, in one .safetensors file or in the files of an index."""
+
+import re
+import warnings
+from collections.abc import KeysView
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from .adapter import AdapterError
+from .peft import read_config
+from .refusals import and_more
+
+INDEX = ".safetensors.index.json"
+PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
+NAMED = re.compile(r"(?<=\.lora_[AB])\.([^.]+)(?=\.weight$)|(?<=\.lora_embedding_[AB])\.([^.]+)$")
+
+
+@dataclass
+class Tensors:
+    """Key → tensor, read when asked for; `metadata` is that of the header."""
+
+    places: dict[str, tuple[Any, str]]  # key -> the file it is in, its key there
+    metadata: dict[str, str]
+
+    def keys(self) -> KeysView[str]:
+        return self.places.keys()
+
+    def __getitem__(self, key: str) -> Tensor:
+        file, there = self.places[key]
+        return file.get_tensor(there)
+
+    def dtype(self, key: str) -> str:
+        """Its name in safetensors."""
+        file, there = self.places[key]
+        return file.get_slice(there).get_dtype()
+
+
+def opened(path: Path, stack: ExitStack) -> Tensors:
+    """The tensors of a .safetensors file, or of all files that an index names, which `stack` closes.
+
+    A name of the adapter inside the keys (`lora_A.default.weight`) is left out of them.
+
+    Raises
+    ------
+    AdapterError
+        For one part of several without the others, an index that names files elsewhere or other keys than they hold,
+        or keys of two adapters.
+    """
+    if PART.search(path.name):
+        raise AdapterError(
+            f"{path}: one part of an adapter in several files; give the folder, or the index beside them (…{INDEX})"
+        )
+    if path.name.endswith(INDEX):
+        files = {name: stack.enter_context(safe_open(path.parent / name, framework="pt")) for name in _named(path)}
+        _refuse_other_keys(path, files)
+    else:
+        files = {path.name: stack.enter_context(safe_open(path, framework="pt"))}
+    places = {key: (file, key) for file in files.values() for key in file.keys()}  # noqa: SIM118
+    metadata = {k: v for file in reversed(files.values()) for k, v in (file.metadata() or {}).items()}
+    return Tensors(_plain(places, str(path)), metadata)
+
+
+def _named(index: Path) -> list[str]:
+    """The files an index names, all beside it."""
+    parts = _weight_map(index).values()
+    for name in parts:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise AdapterError(f"{index}: {name!r:.80} is named, expected .safetensors files beside it")
+        if not (index.parent / name).is_file():
+            raise AdapterError(f"{index}: {name:.80} is missing beside it")
+    return sorted(set(parts))
+
+
+def _weight_map(index: Path) -> dict:
+    found = read_config(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise AdapterError(f"{index}: weight_map is {found!r:.80}, expected the file of every tensor")
+    return found
+
+
+def _refuse_other_keys(index: Path, files: dict[str, Any]) -> None:
+    there = {(key, name) for name, file in files.items() for key in file.keys()}  # noqa: SIM118
+    if odd := sorted(there ^ set(_weight_map(index).items())):
+        key, name = odd[0]
+        raise AdapterError(
+            f"{index}: {key:.200} of {name}{and_more(odd)}: in the index or in the file only, expected both"
+        )
+
+
+def _plain(places: dict[str, tuple[Any, str]], where: str) -> dict[str, tuple[Any, str]]:
+    """Keys without the name of an adapter inside."""
+    named = {key: found for key in places if (found := NAMED.search(key))}
+    adapters = sorted({found[1] or found[2] for found in named.values()})
+    if len(adapters) > 1:
+        raise AdapterError(f"{where}: keys of {len(adapters)} adapters, {', '.join(adapters[:5]):.80}; expected one")
+    if not named:
+        return places
+    warnings.warn(f"{where}: keys name the adapter {adapters[0]!r:.80}, read without it", stacklevel=2)
+    plain: dict[str, tuple[Any, str]] = {}
+    for key, place in places.items():
+        new = NAMED.sub("", key)
+        if new in plain:
+            raise AdapterError(f"{where}: {key:.200} and {plain[new][1]:.200} name one module twice")
+        plain[new] = place
+    return plain

@@ -1,0 +1,81 @@
+"""Where a rule runs: in the core of the updates, on their factors, or on dense matrices; and how its result leaves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..lowrank import LowRank, add
+from .core import Core
+from .method import Method
+
+
+class Merged(NamedTuple):
+    """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
+
+    `sizes` has, for every group (`lora_opcm` has two), the squared norm of the uncut sum, then those of its parts; it
+    is empty where the scale asks for no norms.
+    """
+
+    update: LowRank
+    dropped: float
+    sizes: list[list[float]]
+
+
+class Space(NamedTuple):
+    """What a rule is given of one module, how its result becomes an update, and how large that and its parts are."""
+
+    enter: Callable[[Sequence[LowRank]], Any]
+    leave: Callable[[Any, Any, int | None, float | None], tuple[LowRank, float]]
+    sizes: Callable[[Any, Any], list[list[float]]]
+
+
+def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+    return (
+        core.lift(found, rank, energy) if isinstance(found, Tensor) else _outside(core, *found).truncate(rank, energy)
+    )
+
+
+def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
+    """Columns in the core, rows in the coordinates of the layer's inputs: what cannot be lifted by rotation."""
+    return LowRank(core.left @ left, right.mT.to(core.left.columns.dtype))
+
+
+def _sizes_in_core(core: Core, found) -> list[list[float]]:
+    size = float(found.square().sum()) if isinstance(found, Tensor) else _outside(core, *found).norm() ** 2
+    return [[size, *core.norms()]]
+
+
+def _sizes_of_updates(updates: list[LowRank], found) -> list[list[float]]:
+    return found[1] if isinstance(found, tuple) else [[u.norm() ** 2 for u in (found, *updates)]]
+
+
+SPACES = {
+    "core": Space(Core.of, _leave_core, _sizes_in_core),
+    "updates": Space(
+        lambda updates: [u.wide() for u in updates],
+        lambda updates, found, *cut: (found[0] if isinstance(found, tuple) else found).truncate(*cut),
+        _sizes_of_updates,
+    ),
+    "dense": Space(
+        lambda updates: [u.left.double() @ u.right.double() for u in updates],
+        lambda deltas, found, *cut: LowRank.from_dense(found).truncate(*cut),
+        lambda deltas, found: [[float(x.square().sum()) for x in (found, *deltas)]],
+    ),
+}
+
+
+def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], sized: bool, options: Mapping) -> Merged:
+    """The merge of one module, entered into the method's space already; `cut` has its rank and energy."""
+    space, late = SPACES[method.space], dict(cut)
+    early = {name: late.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
+    found = method.rule(inside, **options, **early)
+    update, dropped = space.leave(inside, found, late.get("rank"), late.get("energy"))
+    return Merged(update.to("cpu"), dropped, space.sizes(inside, found) if sized else [])
+
+
+def side_by_side(updates: Sequence[LowRank], sized: bool) -> Merged:
+    """A plain sum without any arithmetic; of a single update, that update as it was stored."""
+    there = [u for u in updates if u.rank] or list(updates[:1])
+    total = there[0] if len(there) == 1 else add(there)
+    return Merged(total, 0.0, [[u.norm() ** 2 for u in (total, *updates)]] if sized else [])
