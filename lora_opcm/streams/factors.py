@@ -43,6 +43,7 @@ class FactorMerger(Stream[Pair]):
                     " ranks"
                 )
             grown, let_in = zip(*(self._project(*pair) for pair in zip(kept, (left, right), strict=True)), strict=True)
+        grown = self.unpack(self.pack(grown))  # as a saved state has it: going on from one gives the same bytes
         return grown, norms | {f"let in {side}": x for side, x in zip(SIDES, let_in, strict=True)}
 
     def _project(self, kept: LowRank, new: LowRank) -> tuple[LowRank, float]:
