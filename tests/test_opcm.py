@@ -225,7 +225,7 @@ def test_factors_apart_are_two_dense_streams(alpha, generator):
         assert error(merger.adapter().modules[name], factor * dense_sum) < 1e-9
 
 
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
 def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
     first = adapter(SHAPES, 3, generator)
     held = [weakref.ref(u.left) for u in first.modules.values()]
