@@ -113,3 +113,58 @@ def test_what_cannot_be_loaded_is_named(offer, package, owner):
 def test_names_of_methods_are_taken_once():
     with pytest.raises(ValueError, match="there is a method 'cat' already, from lora_opcm.merging.rules.sums"):
         merge_method("cat", source="theirs")(lambda core: core.total())
+
+
+def typed(core, share: Share = 0.5, rank=None, energy=None):
+    """A rule.
+
+    It says more below.
+    """
+
+
+def untyped(core, share=0.5): ...
+
+
+def without_default(core, share: Share): ...
+
+
+@pytest.mark.parametrize(
+    "rule, field, error, words",
+    [
+        (typed, {"space": "cores"}, ValueError, "x: space is 'cores', expected one of 'core', 'updates', 'dense'"),
+        (typed, {"keeps": "two sums"}, ValueError, "x: keeps is 'two sums', expected one of one sum, three sums"),
+        (untyped, {}, TypeError, "x: option share has no type that can be checked"),
+        (without_default, {}, TypeError, "x: option share has no default"),
+    ],
+)
+def test_a_method_that_says_too_little_is_refused(rule, field, error, words):
+    with pytest.raises(error, match=words):
+        merge_method("x", **{"source": "theirs"} | field)(rule)
+    assert "x" not in method._table
+
+
+def test_a_method_is_what_its_rule_says():
+    """Its options without the cuts it does itself, and the first line of its words."""
+    found = method.Method("x", typed, "core", "theirs", "one sum")
+    assert found.options == {"share": 0.5} and found.cuts == {"rank", "energy"} and found.summary == "A rule."
+    assert method.Method("x", lambda core: core, "core", "theirs", "one sum").summary == ""
+    found.check(share=1.0)
+    with pytest.raises(ValueError, match=r"x has no option \['rank'\]; it takes \['share'\]"):
+        found.check(rank=3)
+    with pytest.raises(ValueError, match="share must be a number in"):
+        found.check(share=1.5)
+
+
+def test_the_table_is_by_what_methods_keep_and_tells_each_field():
+    shown, entries = lo.methods(), table()
+    kept = [method.KEEPS.index(m.keeps) for m in entries.values()]
+    assert kept == sorted(kept) and list(shown.index) == list(entries)
+    for keeps in method.KEEPS:
+        names = [m.name for m in entries.values() if m.keeps == keeps]
+        assert names == sorted(names)
+    row = shown.loc["lora_opcm"]
+    assert row["options"] == "alpha, gauge" and row["runs on"] == "factors" and row["scale"] == "norm"
+    for name, m in entries.items():
+        said = [m.summary, m.keeps, m.ordered, m.gauge_invariant, m.scale, m.data, m.source]
+        columns = ["does", "keeps", "order matters", "gauge-invariant", "scale", "needs data", "source"]
+        assert list(shown.loc[name, columns]) == said

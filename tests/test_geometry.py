@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -331,7 +332,8 @@ def test_batches_equal_loops(dtype):
     gen = torch.Generator().manual_seed(3)
     U = gr.random_frame(8, 3, batch=(4, 1), generator=gen, dtype=dtype)
     V = gr.random_frame(8, 3, batch=(5,), generator=gen, dtype=dtype)
-    for f in (gr.principal_angles, gr.distance, gr.phi, gr.projection_kernel, gr.binet_cauchy_kernel):
+    distances = [partial(gr.distance, kind=kind) for kind in DISTANCES]
+    for f in (gr.principal_angles, gr.phi, gr.projection_kernel, gr.binet_cauchy_kernel, *distances):
         loop = torch.stack([torch.stack([f(u[0], v) for v in V]) for u in U])
         close(f(U, V), loop, tol(dtype))
     for f in (gr.log, gr.procrustes, lambda u, v: gr.align_frame(v, u)):

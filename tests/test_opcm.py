@@ -113,13 +113,22 @@ def test_wrong_options_are_refused(options, words):
         lo.ContinualMerger().adapter()
 
 
-def test_a_saved_state_goes_on_as_if_it_had_not_stopped(generator, tmp_path):
-    stream = [adapter(SHAPES, 3, generator) for _ in range(4)]
-    straight, stopped = lo.ContinualMerger(alpha=0.4, rank=6), lo.ContinualMerger(alpha=0.4, rank=6)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (lo.ContinualMerger, {"alpha": 0.4, "rank": 6}), (lo.ContinualMerger, {"variant": "fusionbench"}),
+        (lo.FactorMerger, {"alpha": 0.4}), (lo.FactorMerger, {"gauge": "balanced", "scale": 2.0}),
+    ],
+)  # fmt: skip
+def test_a_saved_state_goes_on_as_if_it_had_not_stopped(kind, options, dtype, generator, tmp_path):
+    stream = [adapter(SHAPES, 3, generator, dtype) for _ in range(4)]
+    straight, stopped = kind(**options), kind(**options)
     for i, a in enumerate(stream):
         straight.add(a, name=f"task {i}")
         stopped.add(a, name=f"task {i}")
-        stopped = lo.ContinualMerger.load(stopped.save(tmp_path / "state.safetensors"))
+        stopped = kind.load(stopped.save(tmp_path / "state.safetensors"))
+    assert stopped.options == kind.defaults() | options
     assert straight.state.history == stopped.state.history and stopped.state.names[-1] == "task 3"
     for name in SHAPES:
         one, two = straight.adapter().modules[name], stopped.adapter().modules[name]
@@ -241,7 +250,7 @@ def test_factors_apart_are_two_dense_streams(alpha, generator):
         assert error(merger.adapter().modules[name], factor * dense_sum) < 1e-9
 
 
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
 def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
     first = adapter(SHAPES, 3, generator)
     held = [weakref.ref(u.left) for u in first.modules.values()]

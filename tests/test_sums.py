@@ -140,7 +140,7 @@ def test_states_know_their_kind(tmp_path):
         lo.SumMerger().save(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
 def test_modules_and_kinds_of_later_adapters_outlive_a_reload(kind, tmp_path):
     a, b = stream(2, dtype=torch.float32)
     first = a.with_modules({"a": a.modules["a"]})
@@ -174,7 +174,7 @@ def test_members_of_other_types_are_a_damaged_state(field, value, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["left/a is flat", "kernel is infinite"])
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
 def test_damage_of_every_sort_is_an_adapter_error(damage, kind, tmp_path):
     merger = kind().add(lo.Adapter(stream(1)[0].modules, kinds={"a": Kind("conv", (3, 3))}))
     path = merger.save(tmp_path / "s")

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 import lora_opcm as lo
 from lora_opcm.command import app
+from lora_opcm.command.recipe import distance, relative_rounding
 
 SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
 CLIP = "text_model.encoder.layers.0.mlp.fc1"  # a module that kohya has a name for
@@ -243,6 +244,12 @@ def test_the_tolerance_is_twice_what_rounding_can_do(said, abc, tmp_path, dtype,
     found = json.loads(said("verify", "a", "b", "--against", "m", "--json", code=3).out)  # in other bytes
     expected = 2 * rounding(tmp_path / "m", unit, tiny) + 1e-5
     assert found["tolerance"] == pytest.approx(expected, rel=2e-3) and not found["unchanged"]
+
+
+def test_nothing_has_no_rounding():
+    zero = lo.LowRank(torch.zeros(6, 2), torch.ones(2, 5))
+    assert relative_rounding(lo.Adapter({"w": zero})) == relative_rounding(lo.Adapter({})) == 0
+    assert distance(lo.Adapter({"w": zero}), lo.Adapter({"w": zero})) == (0.0, "w")
 
 
 @pytest.mark.parametrize("amount, same", [(0.0, True), (2e-6, True), (4e-5, False), (0.5, False)])

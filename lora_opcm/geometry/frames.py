@@ -7,6 +7,7 @@ ValueError or TypeError.
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Generator, Tensor
@@ -109,7 +110,5 @@ def collect64(frames: Frames, weights: Weights, k: int | None):
     w = [1 / len(frames)] * len(frames) if weights is None else [float(x) for x in weights]
     if len(w) != len(frames) or not all(0 <= x < math.inf for x in w) or not any(w):
         raise ValueError(f"expected {len(frames)} finite weights >= 0, not all zero, got {w}")
-    dtype = frames[0].dtype
-    for U in frames:
-        dtype = torch.promote_types(dtype, U.dtype)
+    dtype = reduce(torch.promote_types, [U.dtype for U in frames])
     return [frame64(U) for U in frames], w, shapes[0][1] if k is None else k, dtype
