@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 import torch
 
 from ..files import Adapter, AdapterError, load_adapter, save_adapter, weights_of
+from ..files.bundle import DTypeName
 from ..files.disk import scratch, write_text
 from ..files.peft import CONFIG, WEIGHTS
 from ..files.table import names_in
@@ -22,8 +23,6 @@ from ..merging.merge import merge
 from ..numerics import rounding
 from ..parallel import Progress
 from .card import CARD, RECIPE, card
-
-DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 class Input(msgspec.Struct):

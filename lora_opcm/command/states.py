@@ -110,7 +110,7 @@ def export(
     refuse_existing(output, overwrite, format)
     stream = load_stream(state)
     try:
-        refuse_existing(output, overwrite, format or (stream.like and stream.like.format))
+        refuse_existing(output, overwrite, format or (None if stream.like is None else stream.like.format))
         merged = stream.adapter(rank=rank, energy=energy, ragged=ragged)
         path = save_adapter(merged, output, format, overwrite, torch_dtype(dtype))
     except (ValueError, LinAlgError) as error:

@@ -6,7 +6,7 @@ One schema for every kind of them: `Bundle` says what is around, a `msgspec.Stru
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,9 @@ Content = TypeVar("Content", bound=msgspec.Struct)
 FLOATS = {str(t).removeprefix("torch."): t for t in DTYPES if t.is_floating_point}
 
 
+DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+
 class Like(msgspec.Struct):
     """What is known of the adapters that went in, for the one that comes out."""
 
@@ -39,7 +42,7 @@ class Like(msgspec.Struct):
     config: dict
     kinds: dict[str, Kind]
     metadata: dict[str, str]
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    dtype: DTypeName
     source: str
 
 
@@ -62,7 +65,7 @@ def save_bundle(
         config=like.config,
         kinds=like.kinds,
         metadata=like.metadata,
-        dtype=str(like.dtype).removeprefix("torch."),
+        dtype=cast(DTypeName, str(like.dtype).removeprefix("torch.")),
         source=like.source,
     )
     text = msgspec.json.encode(Bundle(kind, about, msgspec.Raw(msgspec.json.encode(content)))).decode()

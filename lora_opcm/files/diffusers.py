@@ -59,7 +59,7 @@ def header(
 ) -> dict[str, str]:
     """The PEFT configs of a diffusers file, packed for its header; `sizes`: component.module → (rank, scale)."""
     old = parse_config(metadata[CONFIGS], where) if CONFIGS in metadata else {}
-    packed = {}
+    packed: dict[str, object] = {}
     for component in {_component(name)[0]: None for name in sizes}:
         own = {_component(name)[1]: size for name, size in sizes.items() if _component(name)[0] == component}
         # The modules of a merge may be others than the old targets say.

@@ -61,8 +61,8 @@ def class_names(config: Mapping, where: str) -> tuple[str, str]:
 def header(metadata: Mapping[str, str], ranks: Iterable[int]) -> dict[str, str]:
     """A kohya file's metadata for new updates of these ranks: dimension and α as they are, no old hashes."""
     new = {k: v for k, v in metadata.items() if not k.startswith("sshs_") and k != "modelspec.hash_sha256"}
-    ranks = {str(r) for r in ranks}
-    size = ranks.pop() if len(ranks) == 1 else "Dynamic"
+    known = {str(r) for r in ranks}
+    size = known.pop() if len(known) == 1 else "Dynamic"
     return new | {k: size for k in ("ss_network_dim", "ss_network_alpha") if k in new}
 
 
@@ -75,7 +75,7 @@ def contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | No
         new = names[name]
         tensors[f"{new}.lora_up.weight"], tensors[f"{new}.lora_down.weight"] = factors_of(adapter, name, dtype)
         rank, scale = size_of(update)
-        if getattr(update, "alpha", None) is not None:
+        if isinstance(update, Stored) and update.alpha is not None:
             tensors[f"{new}.alpha"] = update.alpha, update.alpha.dtype
         elif not (isinstance(update, Stored) and adapter.format == "kohya"):
             # Always float32: bfloat16 cannot hold a rank of 257.

@@ -101,7 +101,8 @@ def respelled(ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
     if set(theirs) <= set(ours):
         return {name: name for name in theirs}
     known = {key: name for name, key in layers(ours).items()}
-    new, heads = {}, {}
+    new: dict[str, str] = {}
+    heads: dict[str, str] = {}
     for name, key in layers(theirs).items():
         found = name if name in ours else known.get(key)
         if found is not None and (found == name or found not in theirs):
@@ -144,7 +145,8 @@ def alike(ours: Collection[str], theirs: Collection[str]) -> list[tuple[str, str
         {name: _split(name) for name in side if name not in other} for side, other in ((ours, theirs), (theirs, ours))
     )
     heads = [{_split(name)[0] for name in side} for side in (theirs, ours)]
-    found, ends = [], {}
+    found: list[tuple[str, str]] = []
+    ends: dict[str, str] = {}
     for name, (head, end) in here.items():
         if end and head not in heads[0]:
             ends.setdefault(end, name)

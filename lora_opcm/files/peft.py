@@ -144,8 +144,9 @@ def config_for(sizes: Mapping[str, tuple[int, float]], config: Mapping, base_mod
     holds = _holds(config, sizes)
     if holds and config.get("target_modules"):
         return dict(config)
-    new = {"peft_type": "LORA", "base_model_name_or_path": base_model, "task_type": None, "bias": "none",
-           "inference_mode": True, "lora_dropout": 0.0, "fan_in_fan_out": False} | config  # fmt: skip
+    new: dict[str, Any] = {
+        "peft_type": "LORA", "base_model_name_or_path": base_model, "task_type": None, "bias": "none",
+        "inference_mode": True, "lora_dropout": 0.0, "fan_in_fan_out": False} | dict(config)  # fmt: skip
     if not holds:
         alphas = {name: _alpha(rank, scale) for name, (rank, scale) in sizes.items()}
         r = Counter(rank for rank, _ in sizes.values()).most_common(1)[0][0]

@@ -128,8 +128,8 @@ def merge(
         in two adapters.
     """
     adapters, method = _taken(inputs, method)
-    insisted = {"disjoint": disjoint, "any_base": any_base, "ragged": ragged, "drop": drop}
-    part = merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, **insisted, **options)
+    options |= {"disjoint": disjoint, "any_base": any_base, "drop": drop}
+    part = merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, ragged, **options)
     return part.finish()
 
 
