@@ -416,6 +416,18 @@ def test_scale_norm_gives_the_mean_norm_wherever_it_is_taken(method):
     assert merged.norm() == pytest.approx(sum(a.norm() for a in adapters) / T, rel=1e-6)
 
 
+def test_the_two_ways_to_call_and_no_other(tmp_path):
+    a, b = stream(count=2)
+    path = lo.save_adapter(b, tmp_path / "b")
+    expected = lo.merge(a, b, method="tsv")
+    for found in (lo.merge([a, b], "tsv"), lo.merge([a, path], method="tsv"), lo.merge(iter([a, str(path)]), "tsv")):
+        assert all(torch.equal(found.modules[n].left, u.left) for n, u in expected.modules.items())
+    assert distance(lo.merge([a, b]), lo.merge(a, b, method="opcm")) == 0
+    for wrong in (([a, b], "tsv", "cat"), ([a, b], a), ([a, b], "tsv", a)):
+        with pytest.raises(TypeError, match=rf"expected merge\(a, b, …\) .* got {len(wrong)} arguments"):
+            lo.merge(*wrong)
+
+
 def test_the_factor_of_a_merge_by_hand():
     """Squared norms of the sum, then of two parts: 5 of 3 and 2; of a second group 2 of 1 and 3."""
     factor = lambda scale, **sizes: Part(lo.Adapter({}), sizes, scale).factor  # noqa: E731

@@ -252,6 +252,20 @@ def test_nothing_has_no_rounding():
     assert distance(lo.Adapter({"w": zero}), lo.Adapter({"w": zero})) == (0.0, "w")
 
 
+def test_what_two_adapters_do_not_share_is_named_by_its_first_name():
+    one = lo.LowRank(torch.ones(6, 2), torch.ones(2, 5))
+    have = lambda names: lo.Adapter({n: one for n in names})  # noqa: E731
+    assert distance(have("ab"), have("ba")) == (0.0, "a")
+    assert distance(have("zab"), have("bc")) == distance(have("bc"), have("zab")) == (math.inf, "a")
+    turned = lo.Adapter(
+        {"a": one, "b": lo.LowRank(one.right.mT, one.left.mT), "c": lo.LowRank(one.right.mT, one.left.mT)}
+    )
+    assert distance(have("abc"), turned) == (math.inf, "b")
+    twice = lo.Adapter({"a": one, "b": 2 * one, "c": 4 * one})  # of norms 1, 2, 4 each, in units of the first
+    found, worst = distance(have("abc"), twice)
+    assert worst == "c" and found == pytest.approx(((1 + 9) / (1 + 4 + 16)) ** 0.5)
+
+
 @pytest.mark.parametrize("amount, same", [(0.0, True), (2e-6, True), (4e-5, False), (0.5, False)])
 def test_verify_measures_the_distance_to_the_repeated_merge(said, abc, tmp_path, amount, same):
     """A file whose B of one module is (1 + amount) times what was written, of the other (1 − amount/4) times."""

@@ -149,7 +149,7 @@ def _module(method: str, m: int, n: int, ranks: Sequence[int]) -> tuple[float, f
     space, R, T = method_of(method).space, sum(ranks), len(ranks)
     p, q, small, large = min(R, m), min(R, n), min(m, n), max(m, n)
     k = min(max(ranks) if method in ONE_RANK else R, small)
-    entries = T * {"dense": m * n, "core": p * q}.get(space, 0) * PASSES.get(method, 0)
+    entries = T * (m * n if space == "dense" else p * q) * PASSES.get(method, 0)
     if space == "dense":
         work = qr(small, small) + qr(large, small) + thin_svd(small, small)
         return 2 * m * n * R + 2 * (m + n) * small**2, work, entries, 8.0 * m * n * (T + 6), small
