@@ -43,6 +43,12 @@ def test_an_adapter_overlaps_itself_and_a_zero_update_with_nothing(generator):
         lo.similarity(a, adapter({"c": (4, 5)}, 2, generator))
 
 
+def test_eight_directions_of_each_unless_told(generator):
+    a, b = (adapter({"a": (40, 30)}, 12, generator) for _ in range(2))
+    assert lo.similarity(a, b).equals(lo.similarity(a, b, 8, 8))
+    assert not lo.similarity(a, b).equals(lo.similarity(a, b, 8, 9))
+
+
 def gap(u, target):
     """Squared distance of the factors."""
     return float((u.left - target.left).norm() ** 2 + (u.right - target.right).norm() ** 2)
