@@ -39,7 +39,7 @@ TESTS = {
     "streams/": "opcm sums values_states entry_points methods", "geometry/": "geometry similarity values references",
     "gauge": "similarity lowrank values_states methods",
     "command/app": "values values_merge values_report values_states cli",
-    "command/states": "values_states cli", "command/recipe": "values_merge cli",
+    "command/states": "values_states cli", "command/recipe": "values_merge similarity cli",
     "command/tables": "values cli", "command/report": "values_report cli",
 }  # fmt: skip
 # Those that a person could have typed; `a @ b` for `a + b` would fall over at once.

@@ -1,5 +1,6 @@
 """Subspace geometry as identities: two formulas for one number, round trips, invariances, known answers."""
 
+import inspect
 import math
 import os
 from functools import partial
@@ -741,6 +742,18 @@ def test_karcher_mean_of_lines_in_the_plane_is_the_mean_angle():
     mean = gr.karcher_mean(frames, [1, 2, 3])
     want = torch.tensor((0.1 + 0.8 + 2.7) / 6, dtype=torch.float64)
     same_span(mean, torch.stack([want.cos(), want.sin()])[:, None], 1e-13)
+
+
+def test_iterations_end_where_they_say():
+    """Unless told: a gradient of 1e-12 in 1000 steps; 500 steps of the largest size that never falls."""
+    _, frames = cluster(9, 2, 4, torch.Generator().manual_seed(2), 0.4)
+    assert torch.equal(gr.karcher_mean(frames), gr.karcher_mean(frames, [1.0] * 4, 1e-12, 1000))
+    said = {n: p.default for n, p in inspect.signature(gr.karcher_mean).parameters.items()}
+    assert (said["tol"], said["max_iter"]) == (1e-12, 1000)
+    start = gr.random_frame(9, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    frame, history = gr.ascend_phi(frames, start=start)
+    told, rows = gr.ascend_phi(frames, [0.25] * 4, k=2, steps=500, step_size=1.0, start=start)
+    assert len(history) == 501 and torch.equal(history, rows) and torch.equal(frame, told)
 
 
 def test_karcher_mean_warns_when_it_stops_early():

@@ -416,6 +416,17 @@ def test_scale_norm_gives_the_mean_norm_wherever_it_is_taken(method):
     assert merged.norm() == pytest.approx(sum(a.norm() for a in adapters) / T, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_what_is_small_or_large_is_told_by_the_updates_alone(method, size):
+    """All of them times a number give the merge times that number."""
+    adapters = stream(count=3)
+    sized = [a.with_modules({n: u * size for n, u in a.modules.items()}) for a in adapters]
+    one, other = run(method, adapters), run(method, sized)
+    assert other.norm() == pytest.approx(size * one.norm(), rel=1e-6)
+    assert all(error(other.modules[n], size * dense(u)) < 1e-5 for n, u in one.modules.items())
+
+
 def test_the_two_ways_to_call_and_no_other(tmp_path):
     a, b = stream(count=2)
     path = lo.save_adapter(b, tmp_path / "b")

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from factories import adapter, dense, error
 
 import lora_opcm as lo
+from lora_opcm.command.recipe import distance, relative_rounding
 from lora_opcm.gauge import random_gauge, regauge
 
 SHAPES = {"a": (24, 30), "b": (30, 18)}
@@ -38,6 +41,12 @@ def test_an_adapter_overlaps_itself_and_a_zero_update_with_nothing(generator):
             lo.similarity(a, a, l=wrong)
     with pytest.raises(ValueError, match="share no module"):
         lo.similarity(a, adapter({"c": (4, 5)}, 2, generator))
+
+
+def test_eight_directions_of_each_unless_told(generator):
+    a, b = (adapter({"a": (40, 30)}, 12, generator) for _ in range(2))
+    assert lo.similarity(a, b).equals(lo.similarity(a, b, 8, 8))
+    assert not lo.similarity(a, b).equals(lo.similarity(a, b, 8, 9))
 
 
 def gap(u, target):
@@ -88,3 +97,23 @@ def test_regauge_is_told_by_its_seed_and_of_each_module_another(generator):
         assert float((found - random_gauge(3, drawn)).abs().max()) < 1e-12
         assert error(one.modules[n], a.modules[n].delta()) < 1e-12
     assert float((gauges[0] - gauges[2]).abs().max()) > 0.1
+
+
+def test_nothing_has_no_rounding():
+    zero = lo.LowRank(torch.zeros(6, 2), torch.ones(2, 5))
+    assert relative_rounding(lo.Adapter({"w": zero})) == relative_rounding(lo.Adapter({})) == 0
+    assert distance(lo.Adapter({"w": zero}), lo.Adapter({"w": zero})) == (0.0, "w")
+
+
+def test_what_two_adapters_do_not_share_is_named_by_its_first_name():
+    one = lo.LowRank(torch.ones(6, 2), torch.ones(2, 5))
+    have = lambda names: lo.Adapter({n: one for n in names})  # noqa: E731
+    assert distance(have("ab"), have("ba")) == (0.0, "a")
+    assert distance(have("zab"), have("bc")) == distance(have("bc"), have("zab")) == (math.inf, "a")
+    turned = lo.Adapter(
+        {"a": one, "b": lo.LowRank(one.right.mT, one.left.mT), "c": lo.LowRank(one.right.mT, one.left.mT)}
+    )
+    assert distance(have("abc"), turned) == (math.inf, "b")
+    twice = lo.Adapter({"a": one, "b": 2 * one, "c": 4 * one})  # of norms 1, 2, 4 each, in units of the first
+    found, worst = distance(have("abc"), twice)
+    assert worst == "c" and found == pytest.approx(((1 + 9) / (1 + 4 + 16)) ** 0.5)

@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 
 import lora_opcm as lo
 from lora_opcm.command import app
-from lora_opcm.command.recipe import distance, relative_rounding
 
 SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
 CLIP = "text_model.encoder.layers.0.mlp.fc1"  # a module that kohya has a name for
@@ -244,26 +243,6 @@ def test_the_tolerance_is_twice_what_rounding_can_do(said, abc, tmp_path, dtype,
     found = json.loads(said("verify", "a", "b", "--against", "m", "--json", code=3).out)  # in other bytes
     expected = 2 * rounding(tmp_path / "m", unit, tiny) + 1e-5
     assert found["tolerance"] == pytest.approx(expected, rel=2e-3) and not found["unchanged"]
-
-
-def test_nothing_has_no_rounding():
-    zero = lo.LowRank(torch.zeros(6, 2), torch.ones(2, 5))
-    assert relative_rounding(lo.Adapter({"w": zero})) == relative_rounding(lo.Adapter({})) == 0
-    assert distance(lo.Adapter({"w": zero}), lo.Adapter({"w": zero})) == (0.0, "w")
-
-
-def test_what_two_adapters_do_not_share_is_named_by_its_first_name():
-    one = lo.LowRank(torch.ones(6, 2), torch.ones(2, 5))
-    have = lambda names: lo.Adapter({n: one for n in names})  # noqa: E731
-    assert distance(have("ab"), have("ba")) == (0.0, "a")
-    assert distance(have("zab"), have("bc")) == distance(have("bc"), have("zab")) == (math.inf, "a")
-    turned = lo.Adapter(
-        {"a": one, "b": lo.LowRank(one.right.mT, one.left.mT), "c": lo.LowRank(one.right.mT, one.left.mT)}
-    )
-    assert distance(have("abc"), turned) == (math.inf, "b")
-    twice = lo.Adapter({"a": one, "b": 2 * one, "c": 4 * one})  # of norms 1, 2, 4 each, in units of the first
-    found, worst = distance(have("abc"), twice)
-    assert worst == "c" and found == pytest.approx(((1 + 9) / (1 + 4 + 16)) ** 0.5)
 
 
 @pytest.mark.parametrize("amount, same", [(0.0, True), (2e-6, True), (4e-5, False), (0.5, False)])
