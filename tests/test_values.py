@@ -195,6 +195,14 @@ def test_compare_by_module_gives_each_its_own_row(said, abc):
         assert row["smallest angle, °"] == pytest.approx(np.degrees(min(t["angle_left"], t["angle_right"])))
 
 
+def test_compare_takes_eight_directions_unless_told(said, tmp_path):
+    rng = np.random.default_rng(6)
+    for name in "ab":
+        write_peft(tmp_path / name, random_factors(rng, {"w": (30, 20)}, 10))
+    silent, told, other = (said("compare", "a", "b", *words, "--json").out for words in ([], ["--k", 8], ["--k", 9]))
+    assert silent == told != other
+
+
 def test_tables_for_people_have_the_numbers_of_the_json(said, abc):
     (row,) = json.loads(said("compare", "a", "c", "--json").out)
     table = said("compare", "a", "c").out
