@@ -668,8 +668,9 @@ def test_mean_errors():
             mean([])
     with pytest.raises(ValueError, match="k=5, but the frames with positive weight span 4 directions"):
         gr.chordal_mean([U, V], k=5)
-    with pytest.raises(ValueError, match="k=3, but the frames with positive weight span 2 directions"):
-        gr.chordal_mean([U, V], [1, 0], k=3)
+    for k, weights, span in ((3, [1, 0], 2), (0, [1, 1], 4), (-1, [1, 1], 4)):
+        with pytest.raises(ValueError, match=f"k={k}, but the frames with positive weight span {span} directions"):
+            gr.chordal_mean([U, V], weights, k=k)
     for dtype in (torch.float32, torch.float64):
         same = (U @ gr.random_frame(2, 2, generator=gen, dtype=torch.float64)).to(dtype)
         with pytest.raises(ValueError, match="k=3, but the frames with positive weight span 2 directions"):

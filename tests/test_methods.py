@@ -427,6 +427,13 @@ def test_what_is_small_or_large_is_told_by_the_updates_alone(method, size):
     assert all(error(other.modules[n], size * dense(u)) < 1e-5 for n, u in one.modules.items())
 
 
+@pytest.mark.parametrize("method", sorted(set(REGISTRY) - {"regmean"}))
+def test_the_defaults_that_the_table_says_are_those_of_the_merge(method):
+    adapters, entry = stream(), REGISTRY[method]
+    silent, told = lo.merge(adapters, method), lo.merge(adapters, method, scale=entry.scale, **entry.options)
+    assert all(torch.equal(u.left, told.modules[n].left) for n, u in silent.modules.items())
+
+
 def test_the_two_ways_to_call_and_no_other(tmp_path):
     a, b = stream(count=2)
     path = lo.save_adapter(b, tmp_path / "b")

@@ -66,6 +66,15 @@ def test_align_finds_the_gauge_copy_and_never_moves_the_update(generator):
         assert gap(after, target) < gap(before, target) and error(after, dense(other.modules[name])) < 1e-10
 
 
+def test_align_balances_what_there_is_nothing_to_align_with(generator):
+    a = adapter(SHAPES, 4, generator, torch.float64)
+    aligned = lo.align(a, to=a.with_modules({"b": a.modules["b"]})).modules["a"]
+    balanced = a.modules["a"].balanced()
+    assert torch.equal(aligned.left, balanced.left) and torch.equal(aligned.right, balanced.right)
+    with pytest.raises(ValueError, match=r"a: expected updates of one shape, got \(24, 30\) and \(24, 29\)"):
+        lo.align(a, to=adapter({"a": (24, 29)}, 4, generator))
+
+
 @pytest.mark.parametrize("dtype, unit", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 def test_align_rounds_once(dtype, unit, generator):
     a, b = adapter(SHAPES, 4, generator, dtype), adapter(SHAPES, 4, generator, dtype)

@@ -1,5 +1,6 @@
 """Whitened sums: the theorem behind them, order, caps, streams."""
 
+import json
 import warnings
 
 import pytest
@@ -171,6 +172,21 @@ def test_members_of_other_types_are_a_damaged_state(field, value, tmp_path):
     setattr(merger.state.members[0], field, value)
     with pytest.raises(lo.AdapterError, match="a damaged state"):
         lo.SumMerger.load(merger.save(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("field", ["members", "modules"])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+def test_a_state_of_nothing_is_a_damaged_one(kind, field, tmp_path):
+    path = kind().add(stream(1)[0]).save(tmp_path / "s")
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (key, text), *_ = metadata.items()
+    said = json.loads(text)
+    assert said["content"][field]
+    said["content"][field] = []
+    save_file(tensors, path, {key: json.dumps(said)})
+    with pytest.raises(lo.AdapterError, match="a damaged state: ValueError: expected modules, and a name"):
+        kind.load(path)
 
 
 @pytest.mark.parametrize("damage", ["left/a is flat", "kernel is infinite"])

@@ -12,6 +12,7 @@ from scipy.linalg import subspace_angles
 from scipy.stats import beta
 
 import lora_opcm as lo
+from lora_opcm.command.tables import inspected
 
 # Two shapes, so that means of ratios are no ratios of means, and no side can stand for the other.
 SHAPES = {"layers.1.up": (40, 12), "layers.0.q": (24, 18)}
@@ -137,6 +138,19 @@ def test_inspect_gives_every_number_of_every_module(said, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_shares_and_angles_do_not_see_the_size(abc, tmp_path, size):
+    a, b = (lo.load_adapter(tmp_path / name) for name in "ab")
+    sized = lo.Adapter({n: u.to(torch.float64) * size for n, u in a.modules.items()})
+    for row, other in zip(inspected(a)[0], inspected(sized)[0]):
+        for column in ("effective rank", "energy in 4"):
+            assert other[column] == pytest.approx(row[column])
+        for column in ("‖ΔW‖", "σ₁", "spectrum"):
+            assert other[column] == pytest.approx(size * np.array(row[column]))
+    left = ["norm_a"]
+    assert np.allclose(lo.similarity(sized, b).drop(columns=left), lo.similarity(a, b).drop(columns=left), atol=1e-7)
+
+
 # -- compare -------------------------------------------------------------------------------------------------
 
 PAIRS = [("a", "b"), ("a", "c"), ("b", "c")]
@@ -179,6 +193,14 @@ def test_compare_by_module_gives_each_its_own_row(said, abc):
         assert row["× chance"] == pytest.approx(t["phi_left"] * SHAPES[n][0] / 3)
         assert row["× chance "] == pytest.approx(t["phi_right"] * SHAPES[n][1] / 3)
         assert row["smallest angle, °"] == pytest.approx(np.degrees(min(t["angle_left"], t["angle_right"])))
+
+
+def test_compare_takes_eight_directions_unless_told(said, tmp_path):
+    rng = np.random.default_rng(6)
+    for name in "ab":
+        write_peft(tmp_path / name, random_factors(rng, {"w": (30, 20)}, 10))
+    silent, told, other = (said("compare", "a", "b", *words, "--json").out for words in ([], ["--k", 8], ["--k", 9]))
+    assert silent == told != other
 
 
 def test_tables_for_people_have_the_numbers_of_the_json(said, abc):
