@@ -209,11 +209,10 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
 def _without_zeros(tensors: Tensors, keys: list[str], where: str) -> list[str]:
     """The keys but those of full differences that are zero, as some trainers write them."""
     full = [k for k in keys if re.search(r"\.diff(_b)?$", k)]
-    zero = {k for k in full if not bool(_tensor(tensors, k, where).any())}
-    if zero and len(zero) == len(full):
-        warnings.warn(f"{where}: {min(zero)}{and_more(full)}: differences that are zero, left out", stacklevel=2)
-        return [k for k in keys if k not in zero]
-    return keys
+    zero = [k for k in full if not bool(_tensor(tensors, k, where).any())]
+    if zero:
+        warnings.warn(f"{where}: {zero[0]}{and_more(zero)}: differences that are zero, left out", stacklevel=2)
+    return [k for k in keys if k not in zero]
 
 
 def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adapter:
