@@ -167,9 +167,10 @@ def test_names_that_end_alike():
     bare = [name.removeprefix("bert.") for name in bert]
     assert alike(bert, bare) == list(zip(bert, bare))
     assert alike(bert, bert) == [] == alike(bert, ["bert.encoder.layer.0.attention.self.key"])
-    # Both sides know both places: these are two layers.
-    places = ["down_blocks.0.attentions.0.to_q", "up_blocks.0.attentions.0.to_q", "up_blocks.1.attentions.0.to_q"]
-    assert alike(places[:2], [places[0], places[2]]) == []
+    # One side knows both places: these are two layers.
+    down, up = (f"{x}_blocks.0.attentions.0.to_q" for x in ("down", "up"))
+    assert alike([down], [up]) == [(down, up)]
+    assert alike([down, "up_blocks.1.attentions.0.to_q"], [up]) == [] == alike([down], [up, "down_blocks.1.x.0.y"])
     fused = alike(["double_blocks.3.img_attn.qkv"], [f"transformer_blocks.3.attn.to_{x}" for x in "qkv"])
     assert fused == [("double_blocks.3.img_attn.qkv", "transformer_blocks.3.attn.to_q")]
 
@@ -229,6 +230,29 @@ def test_two_spellings_are_merged_as_one_layer(said, tmp_path, ours, theirs, wor
     assert gap({n: u.delta().numpy() for n, u in summed.items()}, total(one, two)) < 1e-12
 
 
+def test_convolutions_and_full_tensors_of_two_spellings(said, tmp_path):
+    pair = [f"lora_unet_{x}.lora_" for x in ("input_blocks_1_0_in_layers_2", "down_blocks_0_resnets_0_conv1")]
+    deltas = []
+    for name, key in zip("ab", pair):
+        up, down = torch.randn(6, 2, 1, 1), torch.randn(2, 3, 3, 3)
+        save_file({f"{key}up.weight": up, f"{key}down.weight": down}, tmp_path / f"{name}.safetensors")
+        deltas.append(torch.einsum("orxy,ricd->oicd", up, down))
+    said("merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors", "--method", "cat")
+    found = tensors_of(tmp_path / "m.safetensors")
+    delta = torch.einsum("orxy,ricd->oicd", found[f"{pair[0]}up.weight"], found[f"{pair[0]}down.weight"])
+    torch.testing.assert_close(delta, sum(deltas), rtol=1e-5, atol=1e-5)
+    assert found[f"{pair[0]}down.weight"].shape == (4, 3, 3, 3)
+    rng, head = np.random.default_rng(0), torch.randn(3, 3)
+    for name, start in (("p", "model."), ("q", "model.language_model.")):
+        full = {f"{start}head.weight": head.clone()}
+        write_peft(tmp_path / name, spelled(random_factors(rng, SHAPES, 2), start), full=full, modules_to_save=["head"])
+    said("merge", "p", "q", "-o", "m")
+    saved = {k: t for k, t in tensors_of(tmp_path / "m").items() if "head" in k}
+    assert list(saved) == ["base_model.model.model.head.weight"] and saved["base_model.model.model.head.weight"].equal(
+        head
+    )
+
+
 def test_a_merge_of_two_spellings_is_what_peft_loads(tmp_path):
     """Of the model of the first: every module of both, with the sum of their updates."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -266,12 +290,12 @@ def test_a_merge_of_two_spellings_is_what_peft_loads(tmp_path):
     torch.testing.assert_close(loaded(x), added(x), rtol=1e-5, atol=1e-6)
 
 
-ATTENTION, FEED = "transformer_blocks_0_attn1_to_q", "transformer_blocks_0_ff_net_2"
+UNET = "transformer_blocks_0"
 SDXL = {
-    f"lora_unet_input_blocks_4_1_{ATTENTION}": f"lora_unet_down_blocks_1_attentions_0_{ATTENTION}",
-    f"lora_unet_output_blocks_1_1_{FEED}": f"lora_unet_up_blocks_0_attentions_1_{FEED}",
+    f"lora_unet_input_blocks_4_1_{UNET}_attn1_to_q": f"lora_unet_down_blocks_1_attentions_0_{UNET}_attn1_to_q",
+    f"lora_unet_output_blocks_1_1_{UNET}_ff_net_2": f"lora_unet_up_blocks_0_attentions_1_{UNET}_ff_net_2",
     "lora_te_text_model_encoder_layers_0_mlp_fc1": "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-}  # fmt: skip
+}
 FLUX = {
     "lora_unet_double_blocks_0_img_attn_proj": "lora_transformer_transformer_blocks_0_attn_to_out_0",
     "lora_unet_single_blocks_9_linear2": "lora_transformer_single_transformer_blocks_9_proj_out",
@@ -307,6 +331,14 @@ def test_formats_may_differ_where_all_names_match(said, tmp_path):
     said("merge", "k.safetensors", "p", "-o", "m.safetensors", "--method", "cat")
     expected = {short[n]: d for n, d in total(one, two).items()}
     assert gap(read_kohya(tmp_path / "m.safetensors"), expected) < 1e-9
+    # A sum, where only the second has the module: its α = 5 goes into the factors, since kohya has no config.
+    some = {short[CLIP[1]]: factors[CLIP[1]]}
+    alone = write_kohya(tmp_path / "some.safetensors", some, 1.5)
+    with pytest.warns(UserWarning, match="under the names of"):
+        summed = lo.load_adapter(tmp_path / "some.safetensors") + lo.load_adapter(tmp_path / "p")
+    summed.save(tmp_path / "sum.safetensors")
+    expected = total(alone, {short[n]: d for n, d in one.items()})
+    assert gap(read_kohya(tmp_path / "sum.safetensors"), expected) < 1e-9
     # A module without a dotted name cannot be written into a PEFT folder; the other way it can.
     write_peft(tmp_path / "part", random_factors(rng, {CLIP[0]: (10, 7)}, 2), **CLIP_CONFIG)
     refused = said("merge", "part", "k.safetensors", "-o", "no", code=2).err
@@ -356,7 +388,7 @@ def test_shards_of_two_spellings_are_the_bytes_of_one_merge(tmp_path):
     write_peft(tmp_path / "b", spelled(random_factors(rng, more, 2), "model.language_model."))
     with pytest.warns(UserWarning, match="under the names of"):
         whole = lo.merge(tmp_path / "a", tmp_path / "b")
-        parts = [merge_shard([tmp_path / "a", tmp_path / "b"], tmp_path / f"{i}", (i, 3)) for i in range(3)]
+        parts = [merge_shard([tmp_path / "a", tmp_path / "b"], tmp_path / f"{i}", (i, 9)) for i in range(9)]
     whole.save(tmp_path / "whole")
     join(parts)[0].save(tmp_path / "joined")
     for name in (WEIGHTS, "adapter_config.json"):

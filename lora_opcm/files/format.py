@@ -92,9 +92,8 @@ class Stored(LowRank):
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """The scales that were stored beside the factors in the factors: a reader of tensors alone scales them right."""
-    modules = {n: LowRank(u.left, u.right) if getattr(u, "scale", 1) != 1 else u for n, u in adapter.items()}
-    return replace(adapter, modules=modules)
+    """With the scales in the factors that were stored beside them: a reader of tensors alone scales them right."""
+    return replace(adapter, modules={name: LowRank(u.left, u.right) for name, u in adapter.items()})
 
 
 def size_of(update: LowRank) -> tuple[int, float]:

@@ -62,7 +62,7 @@ def outline(path: str | os.PathLike) -> Adapter:
     def read(tensors: Tensors, layout: Layout) -> Adapter:
         nothing = LowRank(torch.zeros(0, 0), torch.zeros(0, 0))
         modules, saved = dict.fromkeys(layout.factors, nothing), dict.fromkeys(layout.saved, torch.zeros(0))
-        return Adapter(modules, layout.base, layout.format, {}, layout.config, saved, source=layout.where)
+        return Adapter(dict(modules), layout.base, layout.format, {}, layout.config, saved, source=layout.where)
 
     return _load(path, read)
 
@@ -135,7 +135,9 @@ def group(keys: Iterable[str], where: str) -> tuple[set[str], dict[str, dict[str
         If a module is spelled in two ways.
     """
     suffixes = {end: (f.name, part) for f in formats().values() for end, part in f.suffixes.items()}
-    dialects, factors, rest = set(), {}, []
+    dialects: set[str] = set()
+    factors: dict[str, dict[str, str]] = {}
+    rest: list[str] = []
     for key in sorted(keys):
         for suffix, (dialect, part) in suffixes.items():
             if key.endswith(suffix) and len(key) > len(suffix):
@@ -186,7 +188,7 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
         names = {k: peft.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         refuse([k for k, name in names.items() if name is None], where)
         saved = {name: key for key, name in names.items() if name is not None}
-        scales = peft.Scales(config, config_path)
+        scales: Callable[[str, int], float] | None = peft.Scales(config, config_path)
         base = config.get("base_model_name_or_path")
     else:
         refuse(rest, where)
@@ -209,11 +211,10 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
 def _without_zeros(tensors: Tensors, keys: list[str], where: str) -> list[str]:
     """The keys but those of full differences that are zero, as some trainers write them."""
     full = [k for k in keys if re.search(r"\.diff(_b)?$", k)]
-    zero = {k for k in full if not bool(_tensor(tensors, k, where).any())}
-    if zero and len(zero) == len(full):
-        warnings.warn(f"{where}: {min(zero)}{and_more(full)}: differences that are zero, left out", stacklevel=2)
-        return [k for k in keys if k not in zero]
-    return keys
+    zero = [k for k in full if not bool(_tensor(tensors, k, where).any())]
+    if zero:
+        warnings.warn(f"{where}: {zero[0]}{and_more(zero)}: differences that are zero, left out", stacklevel=2)
+    return [k for k in keys if k not in zero]
 
 
 def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adapter:
@@ -223,7 +224,8 @@ def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adap
         raise AdapterError(
             f"{where}: {empty[0]}: a full tensor of shape {tuple(saved[empty[0]].shape)}, which holds nothing"
         )
-    modules, kinds = {}, {}
+    modules: dict[str, Stored] = {}
+    kinds: dict[str, Kind] = {}
     for name in filter(only, factors):
         parts = factors[name]
         modules[name] = update = _update(tensors, name, parts, layout.scales, where)
@@ -237,7 +239,9 @@ def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adap
     keys = [parts[role] for parts in factors.values() for role in ("up", "down") if role in parts]
     names = {tensors.dtype(key) for key in keys}  # of all factors, whatever `only` says
     dtype = widest(t for t in DTYPES if DTYPES[t] in names & set(FACTOR_DTYPES))
-    return Adapter(modules, layout.base, layout.format, kinds, layout.config, saved, layout.metadata, dtype, where)
+    return Adapter(
+        dict(modules), layout.base, layout.format, kinds, layout.config, saved, layout.metadata, dtype, where
+    )
 
 
 def _update(tensors: Tensors, name: str, parts: dict[str, str], scales, where: str) -> Stored:

@@ -1,0 +1,352 @@
+"""Adapters as they come from other trainers, and outputs as other readers take them; held against plain tensors."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from by_hand import CONFIG, PREFIX, WEIGHTS, deltas_of, gap, random_factors, read_peft, run, tensors_of, write_peft
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import lora_opcm as lo
+from lora_opcm.files import AdapterError
+
+SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
+CLIP = "text_model.encoder.layers.0.mlp.fc1"
+CLIP_CONFIG = {"auto_mapping": {"base_model_class": "CLIPTextModel"}}
+
+
+@pytest.fixture
+def said(capsys, monkeypatch, tmp_path):
+    return lambda *words, code=0: run(capsys, monkeypatch, tmp_path, *words, code=code)
+
+
+def header(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def kohya(path, metadata=None, alpha=None, **more):
+    """Two modules of rank 4 and 2, α as given; their ΔW."""
+    torch.manual_seed(0)
+    tensors, deltas = {}, {}
+    for name, rank in (("lora_unet_a", 4), ("lora_unet_b", 2)):
+        up, down = torch.randn(6, rank), torch.randn(rank, 5)
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        tensors[f"{name}.alpha"] = torch.tensor(2.0) if alpha is None else alpha.clone()
+        deltas[name] = 2 / rank * (up.double() @ down.double())
+    save_file(tensors | more, path, metadata=metadata or {})
+    return deltas
+
+
+# -- several files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """An adapter in one file (whole) and the same in two with an index (parts)."""
+    deltas = write_peft(tmp_path / "whole", random_factors(np.random.default_rng(0), SHAPES, 3), {"layers.0.q": 7})
+    tensors = tensors_of(tmp_path / "whole")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / CONFIG).write_text((tmp_path / "whole" / CONFIG).read_text())
+    names = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    halves = [{k: t for k, t in tensors.items() if ("layers.0" in k) == first} for first in (True, False)]
+    for name, half in zip(names, halves):
+        save_file(half, folder / name)
+    places = {key: name for name, half in zip(names, halves) for key in half}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder, names, places, deltas
+
+
+def test_an_adapter_in_several_files_is_read_whole(said, sharded, tmp_path):
+    folder, _, _, deltas = sharded
+    for path in (folder, folder / f"{WEIGHTS}.index.json"):
+        assert lo.load_adapter(path).id == lo.load_adapter(tmp_path / "whole").id
+    said("merge", "parts", "-o", "m", "--method", "cat")
+    assert gap(deltas_of(tmp_path / "m"), deltas) < 1e-12
+    lo.load_adapter(folder).save(tmp_path / "again")
+    assert {k: t.tolist() for k, t in tensors_of(tmp_path / "again").items()} == {
+        k: t.tolist() for k, t in tensors_of(tmp_path / "whole").items()
+    }
+
+
+def test_one_part_alone_is_refused_by_name(said, sharded):
+    folder, names, _, _ = sharded
+    for words in (["inspect", f"parts/{names[0]}"], ["merge", f"parts/{names[0]}", "whole", "-o", "m"]):
+        refused = said(*words, code=2).err
+        assert f"parts/{names[0]}: one part of an adapter in several files" in refused and refused.count("\n") == 1
+    (folder / f"{WEIGHTS}.index.json").unlink()
+    assert f"{names[0]}: one part of" in said("inspect", "parts", code=2).err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda places, names: {k: "../whole/" + WEIGHTS for k in places}, "'../whole/adapter_model.safetensors' is"),
+        (lambda places, names: {k: "/etc/passwd" for k in places}, "'/etc/passwd' is named, expected .safetensors"),
+        (lambda places, names: {k: "..\\x.safetensors" for k in places}, "is named"),
+        (lambda places, names: {k: 3 for k in places}, "3 is named"),
+        (lambda places, names: {k: CONFIG for k in places}, "'adapter_config.json' is named"),
+        (lambda places, names: {k: "other.safetensors" for k in places}, "other.safetensors is missing beside it"),
+        (lambda places, names: {k: v for k, v in places.items() if v == names[0]} | {"x": names[1]}, "in the index or"),
+        (lambda places, names: {k: names[0] for k in places}, "in the index or in the file only"),
+        (lambda places, names: {}, "weight_map is {}"),
+        (lambda places, names: [], "weight_map is"),
+    ],
+)  # fmt: skip
+def test_an_index_that_is_wrong_is_refused(sharded, change, message):
+    folder, names, places, _ = sharded
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": change(places, names)}))
+    with pytest.raises(AdapterError, match="index.json: ") as error:
+        lo.load_adapter(folder)
+    assert message in str(error.value)
+
+
+# -- what is read with a line --------------------------------------------------------------------------------
+
+
+def test_integer_alpha(tmp_path):
+    deltas = kohya(tmp_path / "k.safetensors", alpha=torch.tensor(2))
+    with pytest.warns(UserWarning, match="lora_unet_a.alpha and 1 more: stored as integers, read as numbers"):
+        found = lo.load_adapter(tmp_path / "k.safetensors")
+    for name, delta in deltas.items():
+        torch.testing.assert_close(found[name].delta().double(), delta, rtol=1e-5, atol=1e-5)
+    found.save(tmp_path / "same.safetensors")
+    assert tensors_of(tmp_path / "same.safetensors")["lora_unet_a.alpha"].dtype == torch.int64
+
+
+def test_an_adapter_name_inside_the_keys(tmp_path):
+    deltas = write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 3), {"layers.0.q": 7})
+    tensors = tensors_of(tmp_path / "a")
+    save_file({k.replace(".weight", ".default.weight"): t for k, t in tensors.items()}, tmp_path / "a" / WEIGHTS)
+    with pytest.warns(UserWarning, match="keys name the adapter 'default', read without it"):
+        found = lo.load_adapter(tmp_path / "a")
+    assert gap({n: u.delta().numpy() for n, u in found.items()}, deltas) < 1e-12
+    found.save(tmp_path / "b")
+    assert tensors_of(tmp_path / "b").keys() == tensors.keys()
+
+
+def test_names_without_a_component(tmp_path):
+    torch.manual_seed(0)
+    up, down = torch.randn(4, 2), torch.randn(2, 5)
+    path = tmp_path / "d.safetensors"
+    tensors = {"mid.to_q.lora_A.weight": down, "mid.to_q.lora_B.weight": up}
+    save_file(tensors, path)
+    with pytest.warns(UserWarning, match="mid.to_q: no component, config or alpha; read with scale 1"):
+        found = lo.load_adapter(path)
+    assert found.format == "diffusers" and found["mid.to_q"].delta().equal(up @ down)
+    save_file(tensors | {"mid.to_q.alpha": torch.tensor(1.0)}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the scale is known
+        assert lo.load_adapter(path)["mid.to_q"].delta().equal(0.5 * up @ down)
+    save_file({PREFIX + k: t for k, t in tensors.items()}, path)  # peft's: its scale is in a config that is not here
+    with pytest.raises(AdapterError, match="mid.to_q: expected adapter_config.json beside it, for the scale"):
+        lo.load_adapter(path)
+
+
+def test_differences_that_are_zero(tmp_path):
+    zero = {"lora_unet_norm.diff": torch.zeros(4), "lora_unet_a.diff_b": torch.zeros(6)}
+    deltas = kohya(tmp_path / "k.safetensors", None, None, **zero)
+    with pytest.warns(UserWarning, match="lora_unet_a.diff_b and 1 more: differences that are zero, left out"):
+        assert lo.load_adapter(tmp_path / "k.safetensors").keys() == deltas.keys()
+    kohya(tmp_path / "k.safetensors", None, None, **zero | {"lora_unet_norm.diff": torch.tensor([0.0, 1e-8])})
+    with pytest.raises(AdapterError, match="lora_unet_norm.diff: full weight differences"), pytest.warns(UserWarning):
+        lo.load_adapter(tmp_path / "k.safetensors")
+
+
+def test_a_frozen_head_that_peft_saved_unasked(said, tmp_path):
+    rng, head = np.random.default_rng(0), {"lm_head.base_layer.weight": torch.randn(5, 4)}
+    one = write_peft(tmp_path / "a", random_factors(rng, SHAPES, 3), full=head)
+    two = write_peft(tmp_path / "b", random_factors(rng, SHAPES, 2))
+    for pair in (["a", "b"], ["b", "a"]):
+        told = said("merge", *pair, "-o", "m", "--method", "cat", "--overwrite").err
+        assert "lm_head.base_layer.weight is in one of them only" in told and "kept" in told
+        saved = tensors_of(tmp_path / "m")[f"{PREFIX}lm_head.base_layer.weight"]
+        assert saved.equal(head["lm_head.base_layer.weight"])
+        assert gap({n: d for n, d in deltas_of(tmp_path / "m").items()}, {n: one[n] + two[n] for n in one}) < 1e-9
+
+
+def test_full_tensors_that_hold_nothing_are_refused(tmp_path):
+    factors = random_factors(np.random.default_rng(0), SHAPES, 3)
+    write_peft(tmp_path / "a", factors, full={"head.weight": torch.zeros(0, 4)}, modules_to_save=["head"])
+    with pytest.raises(AdapterError, match=r"head.weight: a full tensor of shape \(0, 4\), which holds nothing"):
+        lo.load_adapter(tmp_path / "a")
+
+
+# -- what readers of tensors alone see -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["peft", "kohya"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_scale_is_in_the_factors_of_a_new_container(said, tmp_path, source, dtype):
+    """α = 2 at rank 4: up @ down alone is ΔW in diffusers and in PEFT, and α/r · up @ down in kohya."""
+    factors = random_factors(np.random.default_rng(0), {CLIP: (24, 16)}, 4)
+    delta = write_peft(tmp_path / "p", factors, {CLIP: 2}, dtype, **CLIP_CONFIG)
+    if source == "kohya":
+        said("convert", "p", "-o", "k.safetensors")
+        kept = tensors_of(tmp_path / "k.safetensors")
+        up, down = (kept[f"lora_te_{CLIP.replace('.', '_')}.lora_{w}.weight"].double() for w in ("up", "down"))
+        assert (
+            gap({CLIP: (float(kept[f"lora_te_{CLIP.replace('.', '_')}.alpha"]) / 4 * up @ down).numpy()}, delta) < 1e-12
+        )
+    said("convert", "p", "-o", "d.safetensors", "--to", "diffusers")
+    outputs = {"d.safetensors": f"text_encoder.{CLIP}"}
+    if source == "kohya":
+        said("convert", "k.safetensors", "-o", "back", "--to", "peft", "--like", "p")
+        said("convert", "k.safetensors", "-o", "dk.safetensors", "--to", "diffusers", "--like", "d.safetensors")
+        outputs |= {"dk.safetensors": f"text_encoder.{CLIP}", "back": PREFIX + CLIP}
+    for output, key in outputs.items():
+        kept = tensors_of(tmp_path / output)
+        found = kept[f"{key}.lora_B.weight"].double() @ kept[f"{key}.lora_A.weight"].double()
+        assert gap({CLIP: found.numpy()}, delta) < 1e-6
+        assert {t.dtype for t in kept.values()} == {dtype}
+        (update,) = lo.load_adapter(tmp_path / output).values()
+        assert update.scale == 1
+    said("convert", "d.safetensors", "-o", "same.safetensors", "--to", "diffusers")
+    assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("words", [["merge", "a", "b"], ["export", "s"]])
+def test_all_modules_of_a_merge_have_one_rank_and_one_scale(said, tmp_path, words):
+    rng = np.random.default_rng(0)
+    one, two = ({}, {})
+    for found, name, ranks in ((one, "a", (2, 5)), (two, "b", (3, 1))):
+        factors = {k: random_factors(rng, {k: shape}, r)[k] for (k, shape), r in zip(SHAPES.items(), ranks)}
+        found |= write_peft(tmp_path / name, factors, {"layers.0.q": 7})
+    said("add", "s", "a", "b", "--scale", 1, "--alpha", 0)
+    words += ["--method", "cat"] if words[0] == "merge" else []
+    said(*words, "-o", "m")
+    said(*words, "-o", "ragged", "--ragged")
+    config, tensors = json.loads((tmp_path / "m" / CONFIG).read_text()), tensors_of(tmp_path / "m")
+    assert config["r"] == config["lora_alpha"] == 6 and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert {min(t.shape) for t in tensors.values()} == {6}
+    ranks = {n: b.shape[1] for n, (b, _) in read_peft(tmp_path / "ragged").items()}
+    assert ranks == {"layers.0.q": 5, "layers.1.up": 6}
+    assert gap(deltas_of(tmp_path / "m"), deltas_of(tmp_path / "ragged")) == 0
+    if words[0] == "merge":
+        assert gap(deltas_of(tmp_path / "m"), {n: one[n] + two[n] for n in SHAPES}) < 1e-12
+
+
+def test_one_adapter_at_weight_one_is_as_it_was_stored(said, tmp_path):
+    factors = {k: random_factors(np.random.default_rng(0), {k: s}, r)[k] for (k, s), r in zip(SHAPES.items(), (2, 5))}
+    write_peft(tmp_path / "a", factors, {"layers.0.q": 3}, torch.float16)
+    for method in ("cat", "task_arithmetic"):
+        said("merge", "a", "-o", method, "--method", method)
+        kept, was = tensors_of(tmp_path / method), tensors_of(tmp_path / "a")
+        assert kept.keys() == was.keys() and all(torch.equal(kept[k], was[k]) for k in was)
+        config = [json.loads((tmp_path / n / CONFIG).read_text()) for n in ("a", method)]
+        assert config[0]["alpha_pattern"] == config[1]["alpha_pattern"]
+    # Another dtype is one rounding of the update, and another weight is another update.
+    said("merge", "a", "-o", "wide", "--method", "cat", "--dtype", "float32")
+    assert gap(deltas_of(tmp_path / "wide"), deltas_of(tmp_path / "a")) < 1e-6
+    said("merge", "a", "-o", "half", "--method", "cat", "--weights", "0.5")
+    assert gap(deltas_of(tmp_path / "half"), {n: d / 2 for n, d in deltas_of(tmp_path / "a").items()}) < 1e-3
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+def test_a_sum_is_the_stored_factors_side_by_side(tmp_path, size):
+    """Bit for bit in float32 and, where s is a power of two, in float16 to powers of two, however small they are."""
+    rng = np.random.default_rng(1)
+    for dtype in (torch.float32, torch.float16):
+        for name in "ab":
+            small = {n: (size * b, a) for n, (b, a) in random_factors(rng, SHAPES, 3).items()}
+            write_peft(tmp_path / f"{name}{dtype}", small, {n: 6 for n in SHAPES}, dtype)
+        a, b = (tensors_of(tmp_path / f"{n}{dtype}") for n in "ab")
+        merged = lo.merge(tmp_path / f"a{dtype}", tmp_path / f"b{dtype}", method="cat")
+        for name in SHAPES:
+            left = torch.cat([2 * x[f"{PREFIX}{name}.lora_B.weight"] for x in (a, b)], 1)
+            right = torch.cat([x[f"{PREFIX}{name}.lora_A.weight"] for x in (a, b)], 0)
+            assert merged[name].left.equal(left) and merged[name].right.equal(right)
+    # In half precision a weight would push small entries below what it can hold.
+    exact = {n: 0.37 * d for n, d in deltas_of(tmp_path / f"a{torch.float16}").items()}
+    lo.merge(tmp_path / f"a{torch.float16}", method="cat", weights=[0.37]).save(tmp_path / "m")
+    assert gap(deltas_of(tmp_path / "m"), exact) < 2**-10
+
+
+def test_a_sum_of_more_rank_than_the_layer_has_is_decomposed(tmp_path):
+    rng = np.random.default_rng(2)
+    paths = [tmp_path / str(i) for i in range(4)]
+    deltas = [write_peft(p, random_factors(rng, SHAPES, 5)) for p in paths]
+    merged = lo.merge(paths, "cat", ragged=True)
+    assert {n: u.rank for n, u in merged.items()} == {"layers.0.q": 18, "layers.1.up": 12}
+    assert (
+        gap({n: u.delta().numpy() for n, u in merged.items()}, {n: sum(d[n] for d in deltas) for n in SHAPES}) < 1e-12
+    )
+
+
+# -- what a merge says of itself -----------------------------------------------------------------------------
+
+
+def test_a_merged_kohya_file_has_its_own_title(said, tmp_path):
+    first = {"ss_output_name": "cats", "modelspec.title": "cats", "modelspec.trigger_phrase": "a photo of sks cat",
+             "ss_tag_frequency": "{}", "ss_base_model_version": "sdxl_base_v1-0",
+             "ss_network_module": "networks.lora",
+             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+             "sshs_model_hash": "f00", "note": "kept"}  # fmt: skip
+    kohya(tmp_path / "cats.safetensors", first)
+    kohya(tmp_path / "dogs.safetensors", {"ss_base_model_version": "sdxl_1.0"})
+    expected = {
+        "ss_output_name": "pets", "modelspec.title": "pets", "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "note": "kept",
+        "lora_opcm": '{"inputs": ["cats.safetensors", "dogs.safetensors", "cats.safetensors"]}',
+    }  # fmt: skip
+    three = ["cats.safetensors", "dogs.safetensors", "cats.safetensors"]
+    said("merge", *three, "-o", "pets.safetensors")
+    assert header(tmp_path / "pets.safetensors") == expected
+    said("add", "s", *three)
+    said("export", "s", "-o", "out/pets.safetensors")
+    assert header(tmp_path / "out" / "pets.safetensors") == expected
+    said("convert", "cats.safetensors", "-o", "same.safetensors")  # no merge: as it was
+    assert header(tmp_path / "same.safetensors") == first
+
+
+def test_a_kohya_file_of_peft_adapters_has_a_title(said, tmp_path):
+    for name in "pq":
+        write_peft(tmp_path / name, random_factors(np.random.default_rng(0), {CLIP: (8, 6)}, 2), **CLIP_CONFIG)
+    said("merge", "p", "q", "-o", "m.safetensors", "--format", "kohya")
+    assert header(tmp_path / "m.safetensors") == {
+        "ss_output_name": "m", "modelspec.title": "m", "lora_opcm": '{"inputs": ["p", "q"]}',
+    }  # fmt: skip
+
+
+def test_a_file_name_for_a_folder_is_refused(said, tmp_path):
+    for name in "pq":
+        write_peft(tmp_path / name, random_factors(np.random.default_rng(0), {CLIP: (8, 6)}, 2), **CLIP_CONFIG)
+    said("add", "s", "p", "q")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for words in (["merge", "p", "q"], ["export", "s"], ["convert", "p", "--to", "peft"], ["align", "p", "--to", "q"]):
+        refused = said(*words, "-o", "x.safetensors", code=2).err
+        assert "name a folder, or ask for --format kohya or diffusers" in refused and refused.count("\n") == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert "would refuse" in said("merge", "p", "q", "-o", "x.safetensors", "--dry-run", code=1).out
+
+
+def test_the_dtype_after_a_removal_is_the_widest_that_is_left(said, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, dtype in (("a", torch.float16), ("b", torch.float64), ("c", torch.float16)):
+        write_peft(tmp_path / name, random_factors(rng, SHAPES, 2), dtype=dtype)
+    said("add", "s", "a", "b", "c", "--method", "whitened_sum")
+    for removed, dtype in ((None, torch.float64), ("b", torch.float16)):
+        if removed:
+            said("remove", "s", removed)
+        said("export", "s", "-o", "m", "--overwrite")
+        assert {t.dtype for t in tensors_of(tmp_path / "m").values()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["merge", "a", "-o", "m", "--method", "opmc"], "did you mean 'opcm'?"),
+        (["merge", "a", "-o", "m", "--option", "alhpa=1"], "did you mean 'alpha'?"),
+        (["merge", "a", "-o", "m.safetensors", "--format", "koyha"], "did you mean 'kohya'?"),
+        (["convert", "a", "-o", "m.safetensors", "--to", "difusers"], "did you mean 'diffusers'?"),
+        (["add", "s", "a", "--method", "whitend_sum"], "did you mean 'whitened_sum'?"),
+    ],
+)
+def test_errors_suggest_the_nearest_name(said, tmp_path, words, hint):
+    write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 2))
+    assert hint in said(*words, code=2).err
