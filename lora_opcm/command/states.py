@@ -200,5 +200,6 @@ def _table(stream: "Stream", as_json: bool) -> None:
     options = ", ".join(
         f"{name} {value or 'none'}" if name == "cap" else f"{name} {value}" for name, value in shown.items()
     )
-    title = f"{stream.kind}, {options}: {len(rows)} taken in; shares are of a squared norm"
+    shares = "; shares are of a squared norm" if any("cleared" in row for row in rows) else ""
+    title = f"{stream.kind}, {options}: {len(rows)} taken in{shares}"
     show([{HEADS.get(k, k): v for k, v in row.items()} for row in rows], False, title)
