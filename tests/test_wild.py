@@ -284,7 +284,8 @@ def test_a_merged_kohya_file_has_its_own_title(said, tmp_path):
     first = {"ss_output_name": "cats", "modelspec.title": "cats", "modelspec.trigger_phrase": "a photo of sks cat",
              "ss_tag_frequency": "{}", "ss_base_model_version": "sdxl_base_v1-0",
              "ss_network_module": "networks.lora",
-             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "sshs_model_hash": "f00", "note": "kept"}  # fmt: skip
+             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+             "sshs_model_hash": "f00", "note": "kept"}  # fmt: skip
     kohya(tmp_path / "cats.safetensors", first)
     kohya(tmp_path / "dogs.safetensors", {"ss_base_model_version": "sdxl_1.0"})
     expected = {

@@ -5,6 +5,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def merge(
         in two adapters.
     """
     adapters, method = _taken(inputs, method)
-    insisted = {"disjoint": disjoint, "any_base": any_base, "ragged": ragged, "drop": drop}
+    insisted: dict[str, Any] = {"disjoint": disjoint, "any_base": any_base, "ragged": ragged, "drop": drop}
     part = merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, **insisted, **options)
     return part.finish()
 

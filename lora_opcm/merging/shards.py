@@ -88,8 +88,8 @@ def _own(paths: Sequence[str | os.PathLike], shard: tuple[int, int], call: Mappi
     whole = dropping([outline(path) for path in paths], call.get("drop", ()))
     own = []
     for path, names in zip(paths, spellings(whole, call.get("disjoint", False)), strict=True):
-        part = load_adapter(path, only=lambda name, names=names: name in names and belongs(names[name], shard))
-        own.append(respell(part, names, whole[0].format))
+        mine = {name for name, new in names.items() if belongs(new, shard)}
+        own.append(respell(load_adapter(path, only=mine.__contains__), names, whole[0].format))
     return own
 
 

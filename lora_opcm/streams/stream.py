@@ -146,7 +146,8 @@ class Stream(ABC, Generic[S]):
         AdapterError
             As `matched` and `combine`, if it does not go with what was added before: the state is then as it was.
         """
-        like, said = adapter, (adapter.norm(), adapter.id, {}, str(adapter.dtype).removeprefix("torch."))
+        like, label = adapter, name or f"adapter {len(self.state.members) + 1}"
+        member = Member(label, adapter.norm(), adapter.id, {}, str(adapter.dtype).removeprefix("torch."))
         if self.like is not None:
             _, adapter = pair = matched([self.like, adapter], disjoint)
             like = combine(pair, self.like.modules, any_base)
@@ -161,7 +162,6 @@ class Stream(ABC, Generic[S]):
             for key, number in each.items():
                 numbers[key] = numbers.get(key, 0.0) + number
         new = State(kept | {module: s for module, (s, _) in found.items()}, list(self.state.members))
-        member = Member(name or f"adapter {len(new.members) + 1}", *said)
         new.members.append(member)
         member.record = self.record(numbers, new, member.norm)
         self.state, self.like = new, self._shaped(like, new)
