@@ -36,7 +36,7 @@ publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a
 	cp _build/$(PROFILE)/results/*.csv data/results/
 	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 
-quick: $(BIN)/.ready  ## the fast tests, under 2 minutes
+quick: $(BIN)/.ready  ## the fast tests, under 90 seconds
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not browser and not nightly"
 
 mutants: $(BIN)/.ready  ## change the package in N=100 places drawn by SEED=0 (N=0: in all), one at a time: which do the fast tests miss?

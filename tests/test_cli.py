@@ -344,7 +344,7 @@ def test_a_state_keeps_what_it_was_made_with(folder):
     assert "no folder" in run(folder, "add", "nowhere/s.safetensors", "a", code=2).stderr
 
 
-@pytest.mark.parametrize("kind", ["opcm", "whitened_sum"])
+@pytest.mark.parametrize("kind", ["opcm", pytest.param("whitened_sum", marks=pytest.mark.slow)])
 def test_damaged_states_are_refused_by_name(folder, kind):
     run(folder, "add", "s.safetensors", "a", "b", "--method", kind)
     data, rng = (folder / "s.safetensors").read_bytes(), random.Random(0)

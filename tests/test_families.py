@@ -271,6 +271,7 @@ def test_a_long_prompt_loses_its_beginning(tiny, monkeypatch):
     assert ids[:asked] == whole[-asked:] and ids[-1] == base.tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_the_harness_marks_real_tasks_on_local_data(tiny, tmp_path):
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager

@@ -191,12 +191,13 @@ def unsynced(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, seed):
     outcome = damage(tmp_path, 300, seed)
     assert outcome["refused"] > 200 and outcome["merge read"] > 30 and sum(outcome.values()) == 600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["inspect"], ["merge", "-o", "out", "sound"], ["add", "state.safetensors"]])
 def test_a_real_process_refuses_a_truncated_file_by_name(tmp_path, words):
     generator = torch.Generator().manual_seed(0)

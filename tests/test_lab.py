@@ -70,6 +70,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     assert [p for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder, arguments, words",
     [("here", ["--task", "nope"], "unknown task 'nope'"), ("/dev/null/nowhere", [], "Not a directory")],
