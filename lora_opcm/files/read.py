@@ -1,7 +1,8 @@
 """Reading adapters.
 
-Reading never executes anything from a file and opens no path that a file names. Tensors are mapped from disk and
-read when used: replace a file that is loaded (as `save_adapter` does), do not overwrite it in place.
+Reading never executes anything from a file and opens no path that a file names, but the parts that an index names in
+its own folder. Tensors are mapped from disk and read when used: replace a file that is loaded (as `save_adapter`
+does), do not overwrite it in place.
 """
 
 import os
