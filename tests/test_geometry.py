@@ -757,6 +757,16 @@ def test_iterations_end_where_they_say():
     assert len(history) == 501 and torch.equal(history, rows) and torch.equal(frame, told)
 
 
+@pytest.mark.parametrize("times", [1e-6, 9.0, 1e6])
+def test_steps_of_the_ascent_do_not_see_the_size_of_the_weights(times):
+    _, frames = cluster(9, 2, 3, torch.Generator().manual_seed(2), 0.4)
+    start = gr.random_frame(9, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    one, rows = gr.ascend_phi(frames, [0.2, 0.3, 0.5], steps=2, start=start)
+    other, more = gr.ascend_phi(frames, [0.2 * times, 0.3 * times, 0.5 * times], steps=2, start=start)
+    close(other, one, 1e-12)
+    close(more / times, rows, 1e-12)
+
+
 def test_karcher_mean_warns_when_it_stops_early():
     _, frames = cluster(8, 2, 3, torch.Generator().manual_seed(1), 0.7)
     with pytest.warns(UserWarning, match="karcher_mean: gradient .* after 1 steps"):

@@ -291,6 +291,18 @@ def test_regmean_is_least_squares():
         lo.merge(adapters, "regmean")
 
 
+@pytest.mark.parametrize("times", [1e-8, 1e8])
+def test_regmean_does_not_see_the_size_of_inputs_that_span_too_little(times):
+    """Of three samples in a layer of 32 and 48 inputs."""
+    generator, adapters, inputs = torch.Generator().manual_seed(4), stream(count=2), []
+    for _ in adapters:
+        xs = {n: torch.randn(3, shape[1], generator=generator, dtype=torch.float64) for n, shape in SHAPES.items()}
+        inputs.append({n: x.mT @ x for n, x in xs.items()})
+    one = lo.merge(adapters, "regmean", grams=inputs)
+    other = lo.merge(adapters, "regmean", grams=[{n: times * g for n, g in each.items()} for each in inputs])
+    assert all(error(other.modules[n], dense(u)) < 1e-5 for n, u in one.modules.items())
+
+
 def test_quotient_mean_of_regauged_copies_is_the_adapter():
     one = stream(count=1)[0]
     copies = [one, one.regauge(1), one.regauge(2)]
