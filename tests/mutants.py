@@ -72,6 +72,8 @@ def room_of(begin: str) -> str:
 def plain(node) -> bool:
     """Whether a change there is one of what the package does: not of a type, a message or a picture's looks."""
     inside = node
+    if node.parent and node.parent.type == "parameters":
+        return False  # the star between them
     while outside := inside.parent:
         if outside.type in ("raise_stmt", "fstring", "tfpdef") or outside.get_code().strip().startswith(COSMETIC):
             return False

@@ -806,6 +806,11 @@ def test_gram_is_symmetric_and_positive_semidefinite(kernel, dtype):
     assert int((spectrum > 1e-5).sum()) == (10 if kernel is gr.projection_kernel else 20)
 
 
+def test_gram_of_one_frame_is_its_dimension():
+    close(gr.gram([torch.eye(5, 3)]), [[3.0]], 0)
+    close(gr.gram([torch.eye(5, 3)], gr.binet_cauchy_kernel), [[1.0]], 0)
+
+
 def test_projection_gram_of_mixed_dimensions():
     frames = [gr.random_frame(7, k, generator=torch.Generator().manual_seed(k)) for k in (1, 2, 5)]
     K = gr.gram(frames)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_most_of_a_sample_of_mutants_die():
-    """Where 19 of 20 die, more than 3 of 12 survive once in 400 days."""
-    words = ["tests/mutants.py", "12", "--seed", str(date.today().toordinal()), "--least", "0.75"]
+    """Where 9 of 10 die, more than 4 of 12 survive once in 230 days."""
+    words = ["tests/mutants.py", "12", "--seed", str(date.today().toordinal()), "--least", "0.6"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
