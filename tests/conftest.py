@@ -1,15 +1,15 @@
 import os
 from collections import Counter
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker: two workers on two cores are in each other's way
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GEOMSTATS_BACKEND", "numpy")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores are in each other's way
+    torch.set_num_threads(1)
 
 SITE_TALLY = pytest.StashKey()  # Counter of what test_site.py looked at, in this process
 
