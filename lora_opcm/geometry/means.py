@@ -28,11 +28,12 @@ def chordal_mean(frames: Frames, weights: Weights = None, k: int | None = None) 
 
 
 def karcher_mean(frames: Frames, weights: Weights = None, tol: float = 1e-12, max_iter: int = 1000) -> Tensor:
-    """Frame, shape=[n, k], that minimises Σ wᵢ geodesic_distance(U, Uᵢ)², by U ← exp(U, Σ wᵢ log(U, Uᵢ)).
+    """Frame, shape=[n, k], where Σ wᵢ geodesic_distance(U, Uᵢ)² is stationary, by U ← exp(U, Σ wᵢ log(U, Uᵢ)).
 
     Starts at the chordal mean; done when ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1), and
     warns if max_iter steps do not reach that. Frames of one dimension. Unique if they lie in a ball of radius
-    π/4 (Afsari 2011); beyond it, a stationary point.
+    π/4 (Afsari 2011); beyond it there may be several
+    stationary points, and this one need not be the lowest.
     """
     frames, w, _, dtype = collect64(frames, weights, None)
     U, stack = chordal_mean(frames, w), torch.stack(list(frames))  # (n, k), (T, n, k)
