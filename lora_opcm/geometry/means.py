@@ -32,8 +32,7 @@ def karcher_mean(frames: Frames, weights: Weights = None, tol: float = 1e-12, ma
 
     Starts at the chordal mean; done when ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1), and
     warns if max_iter steps do not reach that. Frames of one dimension. Unique if they lie in a ball of radius
-    π/4 (Afsari 2011); beyond it there may be several
-    stationary points, and this one need not be the lowest.
+    π/4 (Afsari 2011); beyond it there may be several stationary points, and this need not be the lowest.
     """
     frames, w, _, dtype = collect64(frames, weights, None)
     U, stack = chordal_mean(frames, w), torch.stack(list(frames))  # (n, k), (T, n, k)
