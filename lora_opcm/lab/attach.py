@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from ..files import Adapter, save_adapter
+from ..files import Adapter, save_adapter, scaled
 from ..lowrank import LowRank
 
 
@@ -41,9 +41,12 @@ def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
 
 @contextmanager
 def applied(
-    model: torch.nn.Module, adapter: Adapter | None, exact: Mapping[str, torch.Tensor] | None = None
+    model: torch.nn.Module,
+    adapter: Adapter | None,
+    exact: Mapping[str, torch.Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Iterator[torch.nn.Module]:
-    """The model with W + ΔW in place of W; the old weights come back, bit for bit, on the way out.
+    """The model with W + `scale` ΔW in place of W; the old weights come back, bit for bit, on the way out.
 
     The sum is taken in float32 and rounded once; `exact` holds W in float32 for a model in less. Weights in 4
     or 8 bits cannot be added to: there the adapter is attached by peft, beside them, as `attached` does.
@@ -60,7 +63,7 @@ def applied(
     adapter = fitted(model, adapter)
     weights = {name: model.get_submodule(name).weight for name in adapter.modules}
     if not all(weight.is_floating_point() for weight in weights.values()):
-        with attached(model, adapter):
+        with attached(model, scaled(adapter, adapter.modules, scale)):
             yield model
         return
     odd = [*adapter.saved, *(name for name, kind in adapter.kinds.items() if kind.name == "conv")]
@@ -76,7 +79,7 @@ def applied(
                 raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
             saved[name] = weight.detach().clone()
             w = exact[f"{name}.weight"] if exact else weight.detach().float()
-            weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w)))
+            weight.data.copy_(torch.addmm(w, update.left.to(w), update.right.to(w), alpha=scale))
         yield model
     finally:
         for name, weight in saved.items():

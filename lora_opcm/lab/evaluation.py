@@ -1,14 +1,14 @@
 """Accuracy of an adapter on many tasks at once, with bootstrap intervals."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..files import Adapter
@@ -45,19 +45,19 @@ class Remembering:
     fast: bool | str
 
     def correct(
-        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = ""
+        self, adapter: Adapter | None = None, tasks: Sequence[str] | None = None, progress: str = "", scale: float = 1.0
     ) -> dict[str, np.ndarray]:
-        """Per task, how right each example is with `adapter` (None: zero-shot), shape=[examples].
+        """Per task, how right each example is with `scale` times `adapter` (None: zero-shot), shape=[examples].
 
         Classification gives booleans, generation the metric of each answer, in [0, 1].
         """
         names = list(tasks or self.tasks)
         if self.memory is None:
-            return self._correct(adapter, names, progress)
-        known = joblib.hash([None if adapter is None else adapter.id, self.fast])
+            return self._correct(adapter, names, progress, scale)
+        known = joblib.hash([None if adapter is None else (adapter.id, scale), self.fast])
         files = {n: self.memory / f"{joblib.hash([known, *self._content(n)])}.npy" for n in names}
         new = [n for n in names if not files[n].exists()]
-        for n, found in (self._correct(adapter, new, progress) if new else {}).items():
+        for n, found in (self._correct(adapter, new, progress, scale) if new else {}).items():
             self.memory.mkdir(parents=True, exist_ok=True)
             with replacing(files[n]) as scratch, open(scratch, "xb") as file:
                 np.save(file, found)
@@ -115,6 +115,7 @@ class Evaluator(Remembering):
             self.model.bfloat16()
         self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
         self.ids = {task.name: self.base.encode(task, split, limit) for task in tasks}
+        self._kept = {}  # batches by task
 
     @property
     def precision(self) -> str:
@@ -125,37 +126,44 @@ class Evaluator(Remembering):
         return [self.base.content(self.ids[name]), self.labels[name], _array(self.heads[name])]
 
     @torch.inference_mode()
-    def _correct(self, adapter: Adapter | None, names: list[str], progress: str) -> dict[str, np.ndarray]:
-        examples = ConcatDataset([self.ids[name] for name in names])
-        lengths = [n for name in names for n in self.base.lengths(self.ids[name])]
-        order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-        cuda = self.model.device.type == "cuda"
-        budget, batches = TOKENS_PER_BATCH * (16 if cuda else 1), []
+    def _correct(self, adapter, names: list[str], progress: str, scale: float) -> dict[str, np.ndarray]:
+        found, device = {}, self.model.device
+        bar = tqdm(total=sum(len(self.ids[name]) for name in names), desc=progress, disable=not progress)
+        with applied(self.model, adapter, self.exact, scale), bar:
+            for name in names:
+                head, right = self.heads[name].to(device), torch.zeros(len(self.ids[name]), dtype=torch.bool)
+                right, labels = right.to(device), torch.from_numpy(self.labels[name]).to(device)
+                for where, features in self._batches(name):
+                    z = self.base.embed(self.model, features)
+                    right[where] = (z @ head.T).argmax(-1) == labels[where]
+                    bar.update(len(where))
+                found[name] = right  # fetched below: a device does not wait between tasks
+        return {name: right.cpu().numpy() for name, right in found.items()}
+
+    def _batches(self, name: str) -> Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Where the examples of each batch stand, and their features: sorted by length, filled to so many tokens."""
+        if name in self._kept:
+            return self._kept[name]
+        lengths, device = self.base.lengths(self.ids[name]), self.model.device
+        order, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+        cuda = device.type == "cuda"
         while order:
-            size = max(1, budget // lengths[order[0]])
+            size = max(1, TOKENS_PER_BATCH * (32 if cuda else 1) // lengths[order[0]])
             batches.append(order[:size])
             order = order[size:]
         loader = DataLoader(
-            examples,
+            self.ids[name],
             batch_sampler=batches,
             collate_fn=self.base.collate,
             num_workers=min(self.base.workers, os.cpu_count() or 1) if cuda else 0,
         )
-        vectors = [None] * len(examples)
-        bar = tqdm(total=len(examples), desc=progress, disable=not progress)
-        with applied(self.model, adapter, self.exact), bar:
-            for batch, features in zip(batches, loader):
-                z = self.base.embed(self.model, {k: t.to(self.model.device) for k, t in features.items()})
-                for i, vector in zip(batch, z):
-                    vectors[i] = vector
-                bar.update(len(batch))
-        result, start = {}, 0
-        for name in names:
-            z = torch.stack(vectors[start : start + len(self.ids[name])])
-            start += len(self.ids[name])
-            guess = (z @ self.heads[name].to(z.device).T).argmax(-1).cpu().numpy()
-            result[name] = guess == self.labels[name]
-        return result
+        made = (
+            (torch.tensor(batch, device=device), {k: t.to(device) for k, t in features.items()})
+            for batch, features in zip(batches, loader)
+        )
+        if not self.base.workers:  # token ids are small enough to stay where they are read
+            made = self._kept[name] = list(made)
+        return made
 
 
 def own_correct(evaluator: Remembering, adapters: dict[str, Adapter], progress: str = "") -> dict[str, np.ndarray]:

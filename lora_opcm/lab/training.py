@@ -11,13 +11,16 @@ import shutil
 import zlib
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+import numpy as np
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from ..files.disk import replacing, write_text
@@ -57,14 +60,19 @@ class Protocol(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantise: str = ""  # "8bit" or "4bit": the base of a causal model while it is tuned
     # Examples a process takes at once; fewer than its share are accumulated. 0: its share.
     device_batch: int = 0
+    # Texts that choose the checkpoint: those of validation, or a tenth of the training texts (at most 200), so that
+    # validation texts, which choose the scale of a merge, have chosen nothing before.
+    checkpoint: Literal["validation", "train"] = "validation"
+    one_start: bool = False  # whether all tasks start from one random A
+    shuffled: bool = False  # labels that say nothing of their texts: a control
 
     def start(self, task: str) -> int:
         """The random seed of one run: initial A, order of the texts.
 
-        It differs between tasks. Adapters that start from one random A keep much of it, and share input
-        directions for that reason alone; people who merge adapters do not have that gift.
+        It differs between tasks unless `one_start`. Adapters that start from one random A keep much of it, and share
+        input directions for that reason alone; people who merge adapters do not have that gift.
         """
-        return zlib.crc32(f"{task} {self.seed}".encode())
+        return zlib.crc32(f"{'' if self.one_start else task} {self.seed}".encode())
 
 
 PROTOCOL = Protocol()
@@ -81,6 +89,7 @@ class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     versions: dict[str, str]
     zero_shot: float | None = None
     own: float | None = None
+    device: str | None = None
 
 
 class HeadTrainer(Trainer):
@@ -120,8 +129,7 @@ def train_adapter(
         If the processes cannot share the batch size, or the task is of another family than the base.
     """
     folder = Path(folder)
-    start = protocol.start(task.name)
-    set_seed(start)
+    set_seed(protocol.start(task.name))
     base = load(protocol.base, protocol.quantise)
     if isinstance(base, Causal) != isinstance(task, Prompts):
         raise ValueError(f"{task.name} is no task for the base {protocol.base!r}, of the family {base.family}")
@@ -138,12 +146,13 @@ def train_adapter(
         task_type=base.task_type,
     )
     model = get_peft_model(base.model, config)
+    train, held_out = _encode(base, task, protocol)
     trainer = (HeadTrainer if options else Trainer)(
         model=model,
-        args=_arguments(task, folder, protocol, start, report_to, quiet, classify=bool(options)),
+        args=_arguments(task, folder, protocol, base.workers, report_to, quiet, classify=bool(options)),
         data_collator=_Collator(base),
-        train_dataset=_encode(base, task, "train"),
-        eval_dataset=_encode(base, task, "validation"),
+        train_dataset=train,
+        eval_dataset=held_out,
         compute_metrics=_accuracy if options else None,
         callbacks=[EarlyStoppingCallback(protocol.patience)],
         **options,
@@ -172,7 +181,7 @@ def last_checkpoint(folder: Path | str) -> str | None:
     return whole[max(whole)] if whole else None
 
 
-def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> TrainingArguments:
+def _arguments(task, folder, protocol, workers, report_to, quiet, classify) -> TrainingArguments:
     count = processes().num_processes
     share = protocol.batch_size // count
     at_once = min(protocol.device_batch or share, share)
@@ -202,11 +211,11 @@ def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> Tra
         prediction_loss_only=not classify,
         label_names=["labels"],
         remove_unused_columns=False,
-        seed=start,
+        seed=protocol.start(task.name),
         use_cpu=not torch.accelerator.is_available(),
         bf16=cuda and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=cuda,
-        dataloader_num_workers=min(8, os.cpu_count() or 1) if cuda else 0,
+        dataloader_num_workers=min(workers, os.cpu_count() or 1) if cuda else 0,
         ddp_find_unused_parameters=False,
         report_to=report_to,
         run_name=f"{task.name}-seed{protocol.seed}-r{protocol.rank}",
@@ -214,7 +223,7 @@ def _arguments(task, folder, protocol, start, report_to, quiet, classify) -> Tra
     )
 
 
-class _Encoded(torch.utils.data.Dataset):
+class _Encoded(Dataset):
     """Features, with their labels where the task has any."""
 
     def __init__(self, features, labels: list[int] | None):
@@ -227,9 +236,19 @@ class _Encoded(torch.utils.data.Dataset):
         return self.features[i], None if self.labels is None else self.labels[i]
 
 
-def _encode(base: Encoder | Clip | Causal, task: Task | Prompts, split: str) -> _Encoded:
-    labels = None if base.family == "causal" else task[split]["label"][:]
-    return _Encoded(base.encode(task, split), labels)
+def _encode(base: Encoder | Clip | Causal, task: Task | Prompts, protocol: Protocol) -> tuple[Dataset, Dataset]:
+    """Examples to learn from, and those that choose the checkpoint."""
+    labelled = base.family != "causal"
+    train, held_out = (
+        _Encoded(base.encode(task, split), task[split]["label"][:] if labelled else None)
+        for split in ("train", "validation")
+    )
+    if protocol.shuffled:
+        train.labels = np.random.default_rng(protocol.start(task.name)).permutation(train.labels).tolist()
+    if protocol.checkpoint == "validation":
+        return train, held_out
+    count = len(train) - min(200, len(train) // 10)  # the rows were shuffled
+    return Subset(train, range(count)), Subset(train, range(count, len(train)))
 
 
 class _Collator:

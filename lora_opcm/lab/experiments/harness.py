@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import yaml
 
-from ...files import Adapter
 from ..assets import AssetError, cache_dir
 from ..attach import applied
 from ..bases import load
@@ -89,7 +88,7 @@ class Harness(Remembering):
             self.limit,
         ]
 
-    def _correct(self, adapter: Adapter | None, names: list[str], progress: str) -> dict[str, np.ndarray]:
+    def _correct(self, adapter, names: list[str], progress: str, scale: float) -> dict[str, np.ndarray]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -97,7 +96,7 @@ class Harness(Remembering):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager, found = TaskManager(), {}
         aside = redirect_stdout(sys.stderr)  # remarks of the harness's own modules
-        with applied(self.base.model, adapter) as model, tempfile.TemporaryDirectory() as scratch, aside:
+        with applied(self.base.model, adapter, scale=scale) as model, tempfile.TemporaryDirectory() as scratch, aside:
             lm = HFLM(model, tokenizer=self.base.tokenizer, batch_size=self.batch_size, truncation=True)
             for name in names:
                 task = self.tasks[name]

@@ -6,7 +6,7 @@ from ... import plugins
 from .hub import GLUE, load_hub_task
 from .prompts import Prompts, load_prompts
 from .task import Task
-from .texts import load_task, tasks
+from .texts import load_task, small_tasks, tasks
 from .vision import VISION, load_vision_task
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "load_prompts",
     "load_task",
     "load_vision_task",
+    "small_tasks",
     "tasks",
 ]
 

@@ -1,0 +1,166 @@
+"""What the published run compares: methods with at most one knob beside the scale, and of which adapters."""
+
+from collections.abc import Iterator
+from itertools import combinations, product
+from math import factorial
+
+import numpy as np
+
+from ..tasks import small_tasks, tasks
+from .outcomes import Trial
+
+SEEDS = (1, 2, 3, 4, 5)
+RANK = 16  # of one adapter
+
+
+def _knob(name: str, *values, **fixed) -> tuple[dict, ...]:
+    return tuple({name: value} | fixed for value in values)
+
+
+# label → method, what its knob may be: three values at most
+ROWS: dict[str, tuple[str, tuple[dict, ...]]] = {
+    "task arithmetic": ("cat", ({},)),
+    "TIES": ("ties", _knob("density", 0.1, 0.2, 0.5)),
+    "DARE": ("dare", _knob("density", 0.5, 0.8)),
+    "DARE-TIES": ("dare_ties", _knob("density", 0.5, 0.8)),
+    "magnitude prune": ("magnitude_prune", _knob("density", 0.1, 0.3, 0.5)),
+    "KnOTS-TIES": ("knots_ties", _knob("density", 0.2, 0.5, 0.8)),
+    "core TIES": ("core_ties", _knob("density", 0.2, 0.5, 0.8)),
+    "compress then merge": ("ctm", _knob("k", 16, 32, 64)),
+    "chordal mean": ("chordal_mean", _knob("k", 16, 32, 64)),
+    "quotient mean": ("quotient_mean", ({},)),
+    "TSV": ("tsv", _knob("directions", None, 8, 4)),
+    "Iso-C": ("iso_c", ({},)),
+    "Iso-CTS": ("iso_cts", _knob("common", 0.5, 0.8, 0.95)),
+    "OPCM": ("opcm", _knob("alpha", 0.5, 0.75, 0.9)),
+    "OPCM, FusionBench": ("opcm", _knob("alpha", 0.5, 0.75, 0.9, variant="fusionbench")),
+    "factor-wise OPCM, balanced": ("lora_opcm", _knob("alpha", 0.25, 0.5, 0.75, gauge="balanced")),
+    "sequential whitening": ("whitening", ({},)),
+    "whitened sum": ("whitened_sum", _knob("power", 0.25, 0.5, 1.0)),
+}
+AS_PUBLISHED = {  # scales of their own, nothing chosen
+    "mean": ("mean", ({},)),
+    "OPCM as published": ("opcm", ({"alpha": 0.5, "scale": "norm"},)),
+    "sum, scale 1": ("cat", ({},)),
+}
+CAPPED = {"whitened sum, cap 16": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5, cap=16))}
+MAIN = ("task arithmetic", "TIES", "TSV", "Iso-C", "OPCM", "whitened sum")
+
+
+# one at a time, and no more kept between two than one adapter of the cap's rank
+STREAMS: dict[str, tuple[str, tuple[dict, ...]]] = {
+    "running sum": ("cat", ({},)),
+    "OPCM": ("opcm", _knob("alpha", 0.5, 0.75)),
+    "sequential whitening": ("whitening", ({},)),
+    "whitened sum": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5)),
+}
+CAPS = {16: 20, 32: 5, 64: 5}  # rank → orders tried
+ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+CUTS = (4, 8, 32, 64, 128)
+SUBSETS = {2: 6, 4: 4, 8: 3, 16: 2, 20: 1}  # how many small tasks → how many draws of them
+PAIR_ROWS = ("task arithmetic", "TIES", "TSV", "OPCM", "whitened sum")
+WEIGHTS = tuple(round(0.3 * i, 1) for i in range(8))  # of the mixing desk: 0 to 2.1
+
+
+def _row(part: str, label: str, rows=None, **rest) -> Trial:
+    method, options = (rows or ROWS | CAPPED)[label]
+    return Trial(part, label, method, options=options, **rest)
+
+
+def bounds(part: str, **rest) -> Iterator[Trial]:
+    """The base model, and each task with its own adapter: what gains are measured between."""
+    yield Trial(part, "zero-shot", "", natural=True, **rest)
+    yield Trial(part, "own adapter", "own", natural=True, **rest)
+
+
+def as_published(part: str, labels=tuple(AS_PUBLISHED), **rest) -> Iterator[Trial]:
+    """Rows whose scale is their own."""
+    for label in labels:
+        method, options = AS_PUBLISHED[label]
+        yield Trial(part, label, method, options=options, natural=True, **rest)
+
+
+def bake_off(seed: int, recipe: str = "published") -> Iterator[Trial]:
+    """Every method on the eight tasks, as its rank comes and cut to that of one adapter."""
+    rest = {"tasks": tasks(), "seed": seed, "recipe": recipe}
+    yield from bounds("bake_off", **rest)
+    for rank in (RANK, None):
+        yield from (_row("bake_off", label, rank=rank, **rest) for label in ROWS)
+    yield from (_row("bake_off", label, **rest) for label in CAPPED)
+    yield from as_published("bake_off", **rest)
+
+
+def stream(seed: int) -> Iterator[Trial]:
+    """Streams of bounded memory in many orders; the first order chooses the scale for all (`steps=()`)."""
+    for cap, count in CAPS.items():
+        for label in ("TSV", "whitened sum", "sequential whitening") if cap != RANK else ():
+            yield _row("joint", label, rank=cap, tasks=tasks(), seed=seed)
+        for order in orders(count):
+            names = tuple(tasks()[i] for i in order)
+            steps = None if names == tasks() else ()
+            for label in STREAMS:
+                yield _row("stream", label, STREAMS, tasks=names, seed=seed, rank=cap, cap=cap, steps=steps)
+
+
+def orders(count: int, length: int = 8, seed: int = 0) -> list[list[int]]:
+    """Distinct orders of a stream: as listed, reversed, then random ones; `count` is at most their number."""
+    rng = np.random.default_rng(seed)
+    found = [list(range(length)), list(range(length))[::-1]]
+    while len(found) < min(count, factorial(length)):
+        order = rng.permutation(length).tolist()
+        if order not in found:
+            found.append(order)
+    return found[:count]
+
+
+def pairs(seed: int) -> Iterator[Trial]:
+    """Two adapters: all 28 pairs."""
+    for names in combinations(tasks(), 2):
+        rest = {"tasks": names, "seed": seed}
+        yield from as_published("pairs", ("mean", "sum, scale 1", "OPCM as published"), **rest)
+        yield from (_row("pairs", label, **rest) for label in PAIR_ROWS)
+
+
+def growth(seed: int) -> Iterator[Trial]:
+    """From 2 to 20 small tasks: how the best scale moves."""
+    rng = np.random.default_rng(0)
+    yield from bounds("growth", tasks=small_tasks(), seed=seed)
+    for count, draws in SUBSETS.items():
+        for _ in range(draws):
+            picked = sorted(rng.choice(len(small_tasks()), count, replace=False))
+            for label in ("task arithmetic", "TSV", "Iso-C", "OPCM", "whitened sum"):
+                for rank in (None, RANK):
+                    names = tuple(small_tasks()[i] for i in picked)
+                    yield _row("growth", label, tasks=names, seed=seed, rank=rank)
+
+
+def robustness(seed: int) -> Iterator[Trial]:
+    """The main rows on adapters trained otherwise."""
+    for recipe in ("rank 4", "rank 64", "q and v", "400 steps", "one start", "uneven"):
+        rest = {"tasks": tasks(), "seed": seed, "recipe": recipe}
+        yield from bounds("robustness", **rest)
+        yield from (_row("robustness", label, **rest) for label in MAIN)
+
+
+def knobs(seed: int) -> Iterator[Trial]:
+    """What α and the rank do."""
+    rest = {"tasks": tasks(), "seed": seed}
+    for alpha in ALPHAS:
+        yield Trial("alpha", f"OPCM, α = {alpha:g}", "opcm", options=({"alpha": alpha},), **rest)
+    yield from (_row("rank", label, rank=rank, **rest) for rank in CUTS for label in MAIN)
+
+
+def desk(seed: int, recipe: str) -> Iterator[Trial]:
+    """Weighted sums of two adapters, on a grid of weights."""
+    for names in combinations(tasks(), 2):
+        for factors in product(WEIGHTS, WEIGHTS):
+            rest = {"seed": seed, "recipe": recipe, "factors": factors, "natural": True}
+            yield Trial("desk", f"{factors[0]:g}, {factors[1]:g}", "cat", names, **rest)
+
+
+def published() -> list[Trial]:
+    """All trials, what the book's conclusions rest on first."""
+    found = [*bake_off(1), *bake_off(2), *bake_off(3), *stream(1), *pairs(1), *pairs(2), *pairs(3)]
+    found += [*bake_off(4), *bake_off(5), *growth(1), *robustness(1), *knobs(1), *stream(2), *stream(3)]
+    found += [*growth(2), *robustness(2), *knobs(2), *knobs(3), *bake_off(0, "book"), *desk(0, "book")]
+    return list(dict.fromkeys(found))

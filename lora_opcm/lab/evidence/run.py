@@ -1,0 +1,207 @@
+"""`python -m lora_opcm.lab.evidence.run FOLDER`: train what is missing, merge, evaluate; goes on where it stopped.
+
+Merges run side by side on the cores, and one process evaluates them on a GPU if there is one. Every trial is a line
+in FOLDER/outcomes.jsonl when it is done.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from ...files import Adapter
+from ...lowrank import LowRank
+from ...merging.merge import merge
+from ..evaluation import Evaluator
+from ..tasks import load_task
+from . import recipes, rows
+from .choice import Candidate, chosen, ratio, search, weights
+from .outcomes import Outcome, Trial, read_lines
+
+ALWAYS = (0, 1, 2, 3)  # steps tried on test texts in any case: what a rule without data may choose
+Packed = dict[str, tuple[np.ndarray, np.ndarray]]  # factors by module, as they travel between processes
+Merged = tuple[list[Packed], float, dict]
+
+
+def merge_trial(trial: Trial, folder: str) -> Merged:
+    """The merged adapters of a trial, one for each of its options; the mean norm of their parts; what it took."""
+    torch.set_num_threads(1)
+    adapters = [recipes.adapter(folder, trial.recipe, trial.seed, task) for task in trial.tasks]
+    mean = float(np.mean([a.norm() for a in adapters]))
+    found, about = [], {"seconds": [], "rank": [], "dropped": []}
+    for options in trial.options:
+        start = time.perf_counter()
+        merged = _merged(adapters, trial, options)
+        about["seconds"].append(round(time.perf_counter() - start, 3))
+        about["rank"].append(max(u.rank for u in merged.modules.values()))
+        found.append({name: (u.left.numpy(), u.right.numpy()) for name, u in merged.modules.items()})
+    return found, mean, about
+
+
+def _merged(adapters: list[Adapter], trial: Trial, options: dict) -> Adapter:
+    rest = options if trial.natural else options | {"scale": 1.0}
+    if trial.factors:
+        rest = rest | {"weights": trial.factors}
+    if trial.cap is None or trial.method == "whitened_sum":
+        cap = {} if trial.cap is None else {"cap": trial.cap}
+        return merge(adapters, trial.method, rank=trial.rank, **rest, **cap)
+    state = adapters[0]
+    for new in adapters[1:]:
+        state = merge([state, new], trial.method, rank=trial.cap, dtype=torch.float32, **rest)
+    return state
+
+
+class Bench:
+    """Evaluates trials on all validation and test texts of their tasks."""
+
+    def __init__(self, names: Iterable[str], limit: int | None = None):
+        data = [load_task(name) for name in names]
+        self.splits = {s: Evaluator(data, s, limit=limit, fast=True) for s in ("validation", "test")}
+        self.device = self.splits["test"].model.device
+
+    def correct(self, split: str, names: tuple[str, ...], adapter: Adapter | None, scale: float = 1.0) -> np.ndarray:
+        """Which texts of the tasks are right, one task after the other."""
+        found = self.splits[split].correct(adapter, names, scale=scale)
+        return np.concatenate([found[name] for name in names])
+
+    def sizes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
+        return {split: [len(e.labels[name]) for name in names] for split, e in self.splits.items()}
+
+    def bounds(self, trial: Trial, folder: str) -> Outcome:
+        """The base model, or each task with its own adapter."""
+        found = {}
+        for split in self.splits:
+            own = {
+                t: recipes.adapter(folder, trial.recipe, trial.seed, t) if trial.method else None for t in trial.tasks
+            }
+            parts = [self.correct(split, (task,), one) for task, one in own.items()]
+            found[split] = {(0, 0): np.concatenate(parts)}
+        return Outcome(trial, [0.0], 0.0, found["validation"], found["test"], self.sizes(trial.tasks))
+
+    def outcome(self, trial: Trial, merged: Merged, like: Adapter, steps: tuple[Candidate, ...] | None) -> Outcome:
+        """Of a trial whose merges are done, of adapters `like` this one; `steps` are its own or those it follows."""
+        packed, mean, about = merged
+        adapters = [self._here(one, like) for one in packed]
+        norms, names, sizes = [a.norm() for a in adapters], trial.tasks, self.sizes(trial.tasks)
+        right = {"validation": {}, "test": {}}
+
+        def see(split: str, i: int, step: int) -> np.ndarray:
+            if (i, step) not in right[split]:
+                scale = 1.0 if trial.natural else ratio(step) * mean / norms[i]
+                right[split][i, step] = self.correct(split, names, adapters[i], scale)
+            return right[split][i, step]
+
+        if trial.natural:
+            candidates: set[Candidate] = {(0, 0)}
+        elif steps is not None:
+            candidates = set(steps)
+        else:
+            plain = weights(tuple(sizes["validation"]), 0, 0)[0]
+            search(lambda i, step: float(see("validation", i, step) @ plain), len(adapters))
+            picked = chosen(right["validation"], sizes["validation"])
+            candidates = {*picked, *((picked[0][0], step) for step in ALWAYS)}
+        for i, step in sorted(candidates):
+            see("test", i, step)
+        return Outcome(trial, norms, mean, **right, sizes=sizes, about=about)
+
+    def _here(self, packed: Packed, like: Adapter) -> Adapter:
+        place = lambda x: torch.from_numpy(x).to(self.device)  # noqa: E731
+        return like.with_modules({name: LowRank(*map(place, factors)) for name, factors in packed.items()})
+
+
+def follow(trial: Trial) -> tuple:
+    """What trials share that differ in the order of their tasks alone."""
+    return trial.part, trial.label, trial.rank, trial.seed, trial.recipe, frozenset(trial.tasks)
+
+
+def run_trials(
+    trials: list[Trial], folder: Path, bench: Bench, workers: int, deadline: float = float("inf")
+) -> Iterator[Outcome]:
+    """Merge in processes, evaluate here, in about the order given; what needs adapters that train now waits."""
+    leaders: dict[tuple, tuple[Candidate, ...]] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
+        waiting, running = list(trials), dict[Future, Trial]()
+        while (waiting or running) and time.monotonic() < deadline:
+            for trial in [t for t in waiting if ready(t, folder)][: 3 * workers - len(running)]:
+                waiting.remove(trial)
+                if trial.method in ("", "own"):
+                    yield bench.bounds(trial, str(folder))
+                else:
+                    running[pool.submit(merge_trial, trial, str(folder))] = trial
+            done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done if running else time.sleep(1) or ()
+            for future in sorted(done, key=lambda f: list(running).index(f)):
+                trial = running.pop(future)
+                if (steps := trial.steps) == ():
+                    if follow(trial) not in leaders:
+                        waiting.append(trial)
+                        continue
+                    steps = leaders[follow(trial)]
+                like = recipes.adapter(str(folder), trial.recipe, trial.seed, trial.tasks[0])
+                outcome = bench.outcome(trial, future.result(), like, steps)
+                if trial.steps is None and not trial.natural:
+                    leaders[follow(trial)] = (outcome.picked[0],)
+                yield outcome
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ready(trial: Trial, folder: Path) -> bool:
+    """Whether the adapters of a trial are trained."""
+    return not trial.method or all(recipes.there(folder, trial.recipe, trial.seed, task) for task in trial.tasks)
+
+
+def _prepare():
+    torch.set_num_threads(1)
+
+
+def wanted(trials: Iterable[Trial]) -> list[recipes.Wanted]:
+    """The adapters that trials need, in order."""
+    named = ((recipes.source(t.recipe, task), t.seed, task) for t in trials if t.method for task in t.tasks)
+    return list(dict.fromkeys(named))
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="adapters, and outcomes.jsonl")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="of the run: bake_off, stream, pairs, …; all unless given")
+    ] = None,
+    train: Annotated[bool, typer.Option(help="train the adapters that are missing")] = True,
+    workers: Annotated[int, typer.Option(help="processes that merge, and that train on a GPU; 0: one a core")] = 0,
+    seconds: Annotated[float, typer.Option(help="when to stop; what is done by then is kept")] = float("inf"),
+    limit: Annotated[int, typer.Option(help="texts a task and split, for a rehearsal; 0: all")] = 0,
+):
+    """Run all trials of the published run that are not in FOLDER/outcomes.jsonl yet."""
+    deadline, begun = time.monotonic() + seconds, time.monotonic()
+    workers = workers or multiprocessing.cpu_count()
+    trials = [t for t in rows.published() if not part or t.part in part]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "outcomes.jsonl"
+    done = {outcome.trial for outcome in read_lines(file)}
+    trainer = None
+    if train:
+        many = workers if torch.cuda.is_available() else 1
+        arguments = (str(folder), wanted(trials), many, deadline)
+        trainer = multiprocessing.get_context("spawn").Process(target=recipes.train_missing, args=arguments)
+        trainer.start()
+    bench = Bench(dict.fromkeys(task for t in trials for task in t.tasks), limit or None)
+    print(f"{len(trials) - len(done)} trials, texts read after {time.monotonic() - begun:.0f} s", flush=True)
+    left = [t for t in trials if t not in done]
+    with open(file, "a") as out:
+        for i, outcome in enumerate(run_trials(left, folder, bench, workers, deadline), 1):
+            out.write(outcome.line() + "\n")
+            out.flush()
+            if i % 20 == 0 or i == len(left):
+                name = f"{outcome.trial.part}, seed {outcome.trial.seed}, {outcome.trial.label}"
+                print(f"{i} of {len(left)} after {time.monotonic() - begun:.0f} s: {name}", flush=True)
+    if trainer:
+        trainer.terminate() if time.monotonic() > deadline else trainer.join()
+
+
+if __name__ == "__main__":
+    typer.run(main)
