@@ -135,18 +135,23 @@ def ctm(ds, k=None, rule="sum", density=0.5, scale=1.0):
     return scale * u[:, :k] @ merged @ v[:, :k].mT
 
 
-def whitened_sum(ds, power=0.5, cap=None, scale=1.0):
+def whitened_sum(ds, power=0.5, cap=None, sides="both", scale=1.0):
     m, n = ds[0].shape
+    whiten = {
+        "both": lambda: inverse_root(L) @ S @ inverse_root(R),
+        "left": lambda: inverse_root(L) @ S,
+        "right": lambda: S @ inverse_root(R),
+    }[sides]
     S, L, R = (torch.zeros(a, b, dtype=torch.float64) for a, b in ((m, n), (m, m), (n, n)))
     for d in ds:
         u, s, v = svd(d)
         share = (s / s.norm()) ** power
         S, L, R = S + d, L + u @ share.diag() @ u.mT, R + v @ share.diag() @ v.mT
-        p, _, q = svd(inverse_root(L) @ S @ inverse_root(R))
+        p, _, q = svd(whiten())
         if cap is not None and max(torch.linalg.matrix_rank(L), torch.linalg.matrix_rank(R)) > cap:
             p, q = span(p[:, :cap]), span(q[:, :cap])
             S, L, R = p @ S @ q, p @ L @ p, q @ R @ q
-    return scale * inverse_root(L) @ S @ inverse_root(R)
+    return scale * whiten()
 
 
 def subspace_mean(ds, mean, k, scale):

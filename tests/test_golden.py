@@ -47,13 +47,15 @@ OPTIONS = {
         {"alpha": 0.8, "variant": "fusionbench"}, {"scale": 0.7},
     ],
     "lora_opcm": [{}, {"gauge": "balanced"}, {"alpha": 0.2}, {"alpha": 1, "gauge": "balanced"}],
-    "whitened_sum": [{}, {"power": 0}, {"power": 1}, {"cap": 2}, {"power": 0.2, "cap": 4, "scale": 2}],
+    "whitened_sum": [{}, {"power": 0}, {"power": 1}, {"cap": 2}, {"power": 0.2, "cap": 4, "scale": 2},
+                     {"sides": "left"}, {"sides": "right", "power": 0}, {"sides": "left", "power": 1, "cap": 3}],
     "whitening": [{}, {"scale": 0.4}],
 }  # fmt: skip
 
 
 def flat(method, options):
-    return method in ("iso_c", "iso_cts") or options.get("power") == 1
+    one_side = options.get("sides", "both") != "both"
+    return method in ("iso_c", "iso_cts") or (options.get("power") == 1 and not one_side)
 
 
 CASES = {

@@ -70,7 +70,8 @@ def test_what_the_table_says_of_a_method(method):
 
 OPTIONS = [
     ("opcm", {"alpha": 0.9, "variant": "fusionbench"}), ("lora_opcm", {"alpha": 0.2}), ("iso_cts", {"common": 0.3}),
-    ("whitened_sum", {"power": 0.9}), ("tsv", {"directions": 2}), ("ctm", {"rule": "ties", "k": 3}),
+    ("whitened_sum", {"power": 0.9}), ("whitened_sum", {"power": 1, "sides": "left"}),
+    ("whitened_sum", {"sides": "right"}), ("tsv", {"directions": 2}), ("ctm", {"rule": "ties", "k": 3}),
 ]  # fmt: skip
 
 
@@ -392,6 +393,7 @@ def test_registry_opcm_is_the_streaming_one():
         ({"method": "whitened_sum", "cap": -1}, "cap must be"),
         ({"method": "whitened_sum", "cap": 0}, "cap must be"),
         ({"method": "whitened_sum", "power": -3}, r"power must be a number in \[0, 1\], got -3"),
+        ({"method": "whitened_sum", "sides": "outputs"}, "sides must be 'both' or 'left' or 'right'"),
         ({"method": "iso_cts", "common": 7}, "common must be"),
         (
             {"method": "tsv", "scale": "x"},

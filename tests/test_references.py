@@ -97,6 +97,8 @@ CASES = [
     ("whitened_sum", {}), ("whitened_sum", {"power": 0, "scale": 0.4}),
     ("whitened_sum", {"power": 1}), ("whitened_sum", {"cap": 4}),
     ("whitened_sum", {"power": 0.8, "cap": 5, "scale": -1}),
+    ("whitened_sum", {"sides": "left", "scale": 2}), ("whitened_sum", {"sides": "right", "power": 0}),
+    ("whitened_sum", {"sides": "left", "power": 1, "cap": 4}), ("whitened_sum", {"sides": "right", "cap": 5}),
     ("chordal_mean", {"scale": 2}), ("chordal_mean", {"k": 2}),
     ("chordal_mean", {"k": 3}), ("chordal_mean", {"k": 5}),
     ("karcher_mean", {"scale": -2}), ("karcher_mean", {"k": 2}),
@@ -115,7 +117,8 @@ SETTINGS = [
 
 def flat(method, options):
     """Whether the merged spectrum has equal values: its leading directions are then up to rounding."""
-    return method in ("iso_c", "iso_cts") or options.get("power") == 1
+    one_side = options.get("sides", "both") != "both"  # leaves √(σ‖σ‖) at power 1
+    return method in ("iso_c", "iso_cts") or (options.get("power") == 1 and not one_side)
 
 
 def setting_id(x):
@@ -328,25 +331,28 @@ def test_a_stream_says_what_it_did(variant, alpha, cap, dtype):
     assert rows[0]["cleared"] == 0 < rows[3]["cleared"]
 
 
-@pytest.mark.parametrize("power", [0, 0.5, 1])
+@pytest.mark.parametrize("power, sides", [(0, "both"), (0.5, "both"), (1, "both"), (0.3, "left"), (0.7, "right")])
 @pytest.mark.parametrize("gone", [0, 1, 2])
-def test_removed_is_summed_without(gone, power):
+def test_removed_is_summed_without(gone, power, sides):
     adapters = changed(adapters_of(torch.float64), "missing")[0]
-    merger = lo.SumMerger(power=power, scale=1.7)
+    merger = lo.SumMerger(power=power, scale=1.7, sides=sides)
+    summed = lambda adapters: each(whitened_sum)(matrices(adapters), power=power, scale=1.7, sides=sides)  # noqa: E731
     for a in adapters:
         merger.add(a)
     merger.remove(adapters[gone])
     rest = [a for i, a in enumerate(adapters) if i != gone]
-    close(merger.adapter(), each(whitened_sum)(matrices(rest), power=power, scale=1.7), 1e-8)
+    close(merger.adapter(), summed(rest), 1e-8)
     merger.add(adapters[gone])
-    whole = each(whitened_sum)(matrices(adapters), power=power, scale=1.7)
+    whole = summed(adapters)
     close(merger.adapter(), whole, 1e-8)
     if power < 1:
         close(merger.adapter(rank=2), {n: cut(x, 2) for n, x in whole.items()}, 1e-8)
 
 
-def test_a_capped_sum_is_cut_after_every_adapter():
-    adapters, merger = adapters_of(torch.float64), lo.SumMerger(power=0.3, cap=4)
+@pytest.mark.parametrize("power, sides", [(0.3, "both"), (0.3, "left"), (1, "right")])
+def test_a_capped_sum_is_cut_after_every_adapter(power, sides):
+    adapters, merger = adapters_of(torch.float64), lo.SumMerger(power=power, cap=4, sides=sides)
     for t, a in enumerate(adapters, 1):
         merger.add(a)
-        close(merger.adapter(), each(whitened_sum)(matrices(adapters[:t]), power=0.3, cap=4), 1e-8)
+        expected = each(whitened_sum)(matrices(adapters[:t]), power=power, cap=4, sides=sides)
+        close(merger.adapter(), expected, 1e-8)
