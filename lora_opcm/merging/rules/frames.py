@@ -83,6 +83,23 @@ def refuse_flat(power: float, cap: int | None, sides: str = "both") -> None:
         )
 
 
+@merge_method("pico", source="after Tang and Yang, arXiv 2604.16826", keeps="three sums")
+def pico(core: Core) -> Tensor:
+    """The sum, with the output directions that many adapters share scaled down, as large as the adapters on average.
+
+    U diag(a) Uᵀ Σ ΔWₜ with U and σ of [ΔW₁ … ΔW_T] and aᵢ = 1 / (1 + (T − 1) σᵢ² / ‖σ‖²); then every module gets the
+    mean norm of the T updates that are not zero there. Two sums are needed, Σ ΔWₜ and Σ ΔWₜΔWₜᵀ. The paper has
+    U and σ of the factors [B₁ … B_T], which depend on the gauge: ours are the same where all A have orthonormal rows.
+    It is meant to go before any rule; this is the sum after it.
+    """
+    sizes = [size**0.5 for size in core.norms() if size]
+    values, u = torch.linalg.eigh(torch.stack([c @ c.mT for c in core.cores]).sum(0))
+    shares = values.clamp_min(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
+    found = (u / (1 + (len(sizes) - 1) * shares)) @ (u.mT @ core.total())
+    mean, norm = sum(sizes) / max(len(sizes), 1), float(found.norm())
+    return found * (mean / norm if norm > ROUNDING * mean else 0.0)  # of updates that cancel, rounding is left
+
+
 @dataclass(frozen=True, eq=False)
 class Sums:
     """The three sums of one module, in frames that hold the directions seen so far.
