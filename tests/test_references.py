@@ -215,6 +215,12 @@ def test_dual_projections_of_tasks_that_share_no_direction_are_their_sum(generat
     close(lo.merge(adapters, "dop", alpha=0.3), {"wide": u @ s.diag() @ v.mT}, 1e-9)
 
 
+def test_dual_projections_that_never_give_way_are_opcm(dtype):
+    """At α = 1 the merged update stays where it acts, and takes of a new one what is outside on both sides."""
+    adapters = adapters_of(dtype)
+    close(lo.merge(adapters, "dop", alpha=1), opcm(matrices(adapters), alpha=1, scale=1.0), 1e-5)
+
+
 def test_iso_cts_takes_no_direction_of_a_task_that_the_common_ones_hold(dtype, generator):
     """Orthogonal tasks, one large: its residual is zero, the other has one direction left that counts."""
     u, v = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in SHAPES["wide"])
