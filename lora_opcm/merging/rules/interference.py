@@ -29,13 +29,13 @@ def wudi(core: Core, ridge: Share = 0.01) -> Tensor:
     return least_interference(core, weights, core.total(), ridge)
 
 
-@merge_method("actmat", source="Hameed et al., arXiv 2604.01329", keeps="three sums")
+@merge_method("actmat", source="Abdel Hameed et al., arXiv 2604.01329", keeps="three sums")
 def actmat(core: Core, ridge: Share = 0.0) -> Tensor:
     """RegMean with no data: the Gram matrix of the inputs of a task is estimated by ΔWᵀΔW of its update.
 
     W = (Σ ΔWₜGₜ)(Σ Gₜ)⁺ with Gₜ = ΔWₜᵀΔWₜ. The paper has no `ridge`, which adds λ/T to the diagonal of every Gₜ and so
     leads to the mean; λ is that share of the largest eigenvalue of Σ Gₜ. Without it, and with rows of all updates
-    that do not depend on each other, this is `wudi` without it.
+    that do not depend on each other, this is `wudi` without it. Two sums are needed then, and Σ ΔWₜ for a ridge.
     """
     return least_interference(core, [1.0] * len(core.factors), core.total() / len(core.factors), ridge)
 
