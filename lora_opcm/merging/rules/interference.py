@@ -21,9 +21,10 @@ def wudi(core: Core, ridge: Share = 0.01) -> Tensor:
     """The update that interferes least: it does to the inputs of every task what that task does, near the sum.
 
     Minimises Σₜ ‖(W − ΔWₜ)ΔWₜᵀ‖² / ‖ΔWₜ‖² + λ‖W − S‖² with S = Σ ΔWₜ: W = (Σ ΔWₜGₜ + λS)(Σ Gₜ + λI)⁻¹ for
-    Gₜ = ΔWₜᵀΔWₜ / ‖ΔWₜ‖², and λ the share `ridge` of the largest eigenvalue of Σ Gₜ. The paper takes 300 steps of Adam
-    from S and has no λ: stopping early keeps W near S where little is at stake, as λ does here. At λ = 0, and with
-    rows of all updates that do not depend on each other, W does exactly what every task does, whatever its weight.
+    Gₜ = ΔWₜᵀΔWₜ / ‖ΔWₜ‖², and λ the share `ridge` of the largest eigenvalue of Σ Gₜ. The code of the paper takes 300
+    steps of Adam from S and has no λ: stopping early keeps W near S where little is at stake, as λ does here. (Its
+    code for images divides by ‖ΔWₜ‖, that for texts by the square.) At λ = 0, and with rows of all updates that do
+    not depend on each other, W does exactly what every task does, whatever its weight.
     """
     weights = [1 / size if size else 0.0 for size in core.norms()]
     return least_interference(core, weights, core.total(), ridge)
@@ -33,9 +34,10 @@ def wudi(core: Core, ridge: Share = 0.01) -> Tensor:
 def actmat(core: Core, ridge: Share = 0.0) -> Tensor:
     """RegMean with no data: the Gram matrix of the inputs of a task is estimated by ΔWᵀΔW of its update.
 
-    W = (Σ ΔWₜGₜ)(Σ Gₜ)⁺ with Gₜ = ΔWₜᵀΔWₜ. The paper has no `ridge`, which adds λ/T to the diagonal of every Gₜ and so
-    leads to the mean; λ is that share of the largest eigenvalue of Σ Gₜ. Without it, and with rows of all updates
-    that do not depend on each other, this is `wudi` without it. Two sums are needed then, and Σ ΔWₜ for a ridge.
+    W = (Σ ΔWₜGₜ)(Σ Gₜ)⁺ with Gₜ = ΔWₜᵀΔWₜ, as the code of the paper has it. `ridge` is ours: it adds λ/T to the
+    diagonal of every Gₜ and so leads to the mean; λ is that share of the largest eigenvalue of Σ Gₜ. Without
+    it, and with rows of all updates that do not depend on each other, this is `wudi` without it. Two sums are
+    needed then, and Σ ΔWₜ for a ridge.
     """
     return least_interference(core, [1.0] * len(core.factors), core.total() / len(core.factors), ridge)
 
