@@ -50,6 +50,7 @@ Scale = Annotated[
 Variant = Annotated[str, one_of("paper", "fusionbench")]
 Gauge = Annotated[str, one_of("given", "balanced")]
 Rule = Annotated[str, one_of("sum", "ties")]
+Sides = Annotated[str, one_of("both", "left", "right")]
 
 
 def value_of(annotation: object) -> Value | None:

@@ -86,6 +86,11 @@ def magnitude_prune(ds, density=0.5, scale=1.0):
     return scale * sum(top(d, density) for d in ds)
 
 
+def magmax(ds, scale=1.0):
+    stack = torch.stack(ds)
+    return scale * stack.gather(0, stack.abs().argmax(0, keepdim=True))[0]
+
+
 def knots_ties(ds, density=0.5, scale=1.0):
     """One output basis UΣ for all; TIES on the Vₜ, n × k, that belong to it."""
     u, s, v = svd(torch.cat(ds, 1))
@@ -122,6 +127,67 @@ def iso_cts(ds, common=0.8, scale=1.0, rank=None):
     return scale * torch.cat([p[1] for p in parts]).mean() * polar(u) @ polar(v).mT
 
 
+def subspace_boosting(ds, beta=0.5, scale=1.0, rank=None, energy=None):
+    u, s, v = svd(cut(sum(ds), rank, energy))
+    reached = [k for k in range(len(s)) if s[: k + 1].sum() >= beta * s.sum() - 1e-9 * s[0]]
+    return scale * u @ torch.stack([max(x, s[reached[0]]) for x in s]).diag() @ v.mT
+
+
+def svc(ds, alpha=1.0, scale=1.0):
+    merged = sum(ds)
+    found = torch.zeros_like(merged)
+    for u in svd(merged)[0].mT:
+        counts = []
+        for d in ds:
+            response = u @ d
+            there = response.norm() > 1e-6 * d.norm()
+            counts.append(max(alpha, float(u @ merged @ response / response.norm() ** 2)) if there else alpha)
+        found += torch.outer(u, u @ merged) / (sum(counts) / len(counts))
+    return scale * found
+
+
+def pico(ds, scale=1.0):
+    """Every update calibrated apart, I − U diag(1 − a) Uᵀ, then their mean as large as they are."""
+    u, s, _ = svd(torch.cat(ds, 1))
+    there = [d for d in ds if d.any()]
+    taken = (1 - 1 / (1 + (len(there) - 1) * s**2 / (s**2).sum())).diag()
+    found = sum(d - u @ taken @ u.mT @ d for d in there) / len(there)
+    return scale * sum(d.norm() for d in there) / len(there) * found / found.norm()
+
+
+def least_squares(blocks, outputs, near, ridge):
+    """min ‖blocks Wᵀ − outputs‖² + λ‖W − near‖² as one system, λ the share `ridge` of ‖blocks‖₂²."""
+    root = (ridge * torch.linalg.matrix_norm(blocks, 2) ** 2) ** 0.5
+    system = torch.cat([blocks, root * torch.eye(blocks.shape[1], dtype=torch.float64)])
+    return (torch.linalg.pinv(system, rtol=1e-9) @ torch.cat([outputs, root * near.mT])).mT
+
+
+def wudi(ds, ridge=0.01, scale=1.0):
+    there = [d for d in ds if d.any()]
+    blocks, outputs = (
+        torch.cat([x / d.norm() for x, d in zip(xs, there)]) for xs in (there, [d @ d.mT for d in there])
+    )
+    return scale * least_squares(blocks, outputs, sum(ds), ridge)
+
+
+def actmat(ds, ridge=0.0, scale=1.0):
+    return scale * least_squares(torch.cat(ds), torch.cat([d @ d.mT for d in ds]), sum(ds) / len(ds), ridge)
+
+
+def dop(ds, alpha=0.8, scale=1.0):
+    """LW + WR = 2 Σ aᵢXᵢXᵢᵀXᵢ for the merged X₀ and the new X₁, as one system for all entries of W."""
+    merged = ds[0]
+    for d in ds[1:]:
+        pair = ((alpha, merged), (1 - alpha, d))
+        left, right = sum(a * x @ x.mT for a, x in pair), sum(a * x.mT @ x for a, x in pair)
+        eyes = [torch.eye(n, dtype=torch.float64) for n in merged.shape]
+        system = torch.kron(left, eyes[1]) + torch.kron(eyes[0], right)
+        wanted = 2 * sum(a * x @ x.mT @ x for a, x in pair)
+        inverse = torch.linalg.pinv(system, rtol=1e-10, hermitian=True)
+        merged = (inverse @ wanted.flatten()).view_as(merged)
+    return scale * merged
+
+
 def core_ties(ds, density=0.5, scale=1.0):
     u, parts, v = coordinates(ds)
     return scale * u @ elect([top(p, density) for p in parts]) @ v.mT
@@ -135,18 +201,23 @@ def ctm(ds, k=None, rule="sum", density=0.5, scale=1.0):
     return scale * u[:, :k] @ merged @ v[:, :k].mT
 
 
-def whitened_sum(ds, power=0.5, cap=None, scale=1.0):
+def whitened_sum(ds, power=0.5, cap=None, sides="both", scale=1.0):
     m, n = ds[0].shape
+    whiten = {
+        "both": lambda: inverse_root(L) @ S @ inverse_root(R),
+        "left": lambda: inverse_root(L) @ S,
+        "right": lambda: S @ inverse_root(R),
+    }[sides]
     S, L, R = (torch.zeros(a, b, dtype=torch.float64) for a, b in ((m, n), (m, m), (n, n)))
     for d in ds:
         u, s, v = svd(d)
         share = (s / s.norm()) ** power
         S, L, R = S + d, L + u @ share.diag() @ u.mT, R + v @ share.diag() @ v.mT
-        p, _, q = svd(inverse_root(L) @ S @ inverse_root(R))
+        p, _, q = svd(whiten())
         if cap is not None and max(torch.linalg.matrix_rank(L), torch.linalg.matrix_rank(R)) > cap:
             p, q = span(p[:, :cap]), span(q[:, :cap])
             S, L, R = p @ S @ q, p @ L @ p, q @ R @ q
-    return scale * inverse_root(L) @ S @ inverse_root(R)
+    return scale * whiten()
 
 
 def subspace_mean(ds, mean, k, scale):
@@ -250,7 +321,7 @@ def each(rule):
 
 ONE_MODULE = [
     mean, cat, ties, magnitude_prune, knots_ties, tsv, whitening, iso_c, iso_cts, core_ties, ctm, whitened_sum,
-    chordal_mean, karcher_mean, quotient_mean,
+    chordal_mean, karcher_mean, quotient_mean, magmax, subspace_boosting, svc, pico, wudi, actmat, dop,
 ]  # fmt: skip
 RULES = {rule.__name__: each(rule) for rule in ONE_MODULE} | {"regmean": regmean, "opcm": opcm}
 RULES |= {"task_arithmetic": RULES["cat"], "svd": each(largest_rank)}

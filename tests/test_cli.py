@@ -312,6 +312,15 @@ def test_a_merge_across_days_is_the_merge_of_all(folder):
     assert "cannot remove a" in run(folder, "remove", "s.safetensors", "a", code=2).stderr
 
 
+def test_a_whitened_sum_whitens_the_side_it_is_told(folder):
+    run(folder, "add", "s.safetensors", "a", "b", "--method", "whitened_sum", "--sides", "left")
+    run(folder, "export", "s.safetensors", "-o", "m")
+    expected = lo.merge([lo.load_adapter(folder / n) for n in "ab"], "whitened_sum", sides="left")
+    assert gap(lo.load_adapter(folder / "m"), expected) < 1e-6
+    refused = run(folder, "add", "s.safetensors", "c", "--sides", "both", code=2).stderr
+    assert "sides" in refused and "left" in refused
+
+
 def test_a_whitened_sum_forgets_exactly(folder):
     run(folder, "add", "s.safetensors", "a", "b", "--method", "whitened_sum", "--power", 0)
     run(folder, "add", "s.safetensors", "c")

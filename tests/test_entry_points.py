@@ -173,9 +173,10 @@ def test_the_table_is_by_what_methods_keep_and_tells_each_field():
 def test_what_is_true_of_the_methods_of_this_package():
     """Tests ask the table which methods to try: so what it says is said once more here."""
     which = lambda true: {name for name, m in table().items() if true(m)}  # noqa: E731
-    assert which(lambda m: m.ordered) == {"opcm", "lora_opcm", "whitening", "dare", "dare_ties", "core_dare_ties"}
+    ordered = {"opcm", "lora_opcm", "dop", "whitening", "dare", "dare_ties", "core_dare_ties"}
+    assert which(lambda m: m.ordered) == ordered
     assert which(lambda m: not m.gauge_invariant) == {"lora_opcm"} and which(lambda m: m.data) == {"regmean"}
     assert which(lambda m: m.largest) == {"svd"} and which(lambda m: m.scale != 1) == {"opcm", "lora_opcm"}
-    assert which(lambda m: m.space == "dense") == {"ties", "dare", "dare_ties", "magnitude_prune"}
+    assert which(lambda m: m.space == "dense") == {"ties", "dare", "dare_ties", "magnitude_prune", "magmax"}
     assert which(lambda m: m.space == "updates") == {"lora_opcm", "regmean"}
-    assert which(lambda m: m.cuts) == {"iso_c", "iso_cts"} and len(table()) == 23
+    assert which(lambda m: m.cuts) == {"iso_c", "iso_cts", "subspace_boosting"} and len(table()) == 30

@@ -49,6 +49,7 @@ def run(method, adapters, neutral=False, order=None, **options):
     if neutral:
         options |= {"scale": 1.0} | ({"density": 1.0} if "density" in entry.options else {})
         options |= {"power": 0.0} if "power" in entry.options else {}
+        options |= {"beta": 1.0} if "beta" in entry.options else {}
     if entry.data:
         options["grams"] = [grams(len(adapters))[i] for i in (order or range(len(adapters)))]
     return lo.merge(adapters, method, **options)
@@ -70,7 +71,10 @@ def test_what_the_table_says_of_a_method(method):
 
 OPTIONS = [
     ("opcm", {"alpha": 0.9, "variant": "fusionbench"}), ("lora_opcm", {"alpha": 0.2}), ("iso_cts", {"common": 0.3}),
-    ("whitened_sum", {"power": 0.9}), ("tsv", {"directions": 2}), ("ctm", {"rule": "ties", "k": 3}),
+    ("whitened_sum", {"power": 0.9}), ("whitened_sum", {"power": 1, "sides": "left"}),
+    ("whitened_sum", {"sides": "right"}), ("wudi", {"ridge": 0}), ("actmat", {"ridge": 0.1}), ("dop", {"alpha": 0.3}),
+    ("subspace_boosting", {"beta": 0.9}), ("svc", {"alpha": 0.3}),
+    ("tsv", {"directions": 2}), ("ctm", {"rule": "ties", "k": 3}),
 ]  # fmt: skip
 
 
@@ -141,14 +145,15 @@ def test_core_rules_commute_with_rotations(method):
     assert error(run(method, turned).modules["a"], expected) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "knots_ties"])
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "knots_ties", "magmax"])
 def test_element_wise_rules_do_not_commute(method):
     generator = torch.Generator().manual_seed(5)
     q = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))[0]
     plain = [a.with_modules({"a": a.modules["a"]}) for a in stream()]
     turned = [a.with_modules({"a": LowRank(a.modules["a"].left, a.modules["a"].right @ q.mT)}) for a in plain]
-    assert error(run(method, turned, density=0.3).modules["a"],
-                 dense(run(method, plain, density=0.3).modules["a"]) @ q.mT) > 0.05  # fmt: skip
+    options = {"density": 0.3} if "density" in REGISTRY[method].options else {}
+    expected = dense(run(method, plain, **options).modules["a"]) @ q.mT
+    assert error(run(method, turned, **options).modules["a"], expected) > 0.05
 
 
 # -- dense float64 references, written from the papers -------------------------------------------------------
@@ -175,6 +180,10 @@ def _ties(xs, density):
     sign = torch.sign(sum(xs))
     hits = sum(((x.sign() == sign) & (x != 0)).double() for x in xs)
     return sum(torch.where(x.sign() == sign, x, 0) for x in xs) / hits.clamp_min(1)
+
+
+def _largest(ds):
+    return torch.stack([d.flatten().abs() for d in ds]).argmax(0)
 
 
 def _tsv(ds):
@@ -222,6 +231,7 @@ DENSE = {
     "svd": lambda ds: (lambda u, s, vh: u @ s.diag() @ vh)(*_svd(sum(ds), RANK)),
     "ties": lambda ds: _ties(ds, 0.2),
     "magnitude_prune": lambda ds: sum(_top(d, 0.5) for d in ds),
+    "magmax": lambda ds: torch.stack([d.flatten() for d in ds]).T[range(ds[0].numel()), _largest(ds)].view_as(ds[0]),
     "knots_ties": lambda ds: _knots(ds, 0.5),
     "tsv": _tsv,
     "iso_c": _iso,
@@ -392,7 +402,10 @@ def test_registry_opcm_is_the_streaming_one():
         ({"method": "whitened_sum", "cap": -1}, "cap must be"),
         ({"method": "whitened_sum", "cap": 0}, "cap must be"),
         ({"method": "whitened_sum", "power": -3}, r"power must be a number in \[0, 1\], got -3"),
+        ({"method": "whitened_sum", "sides": "outputs"}, "sides must be 'both' or 'left' or 'right'"),
         ({"method": "iso_cts", "common": 7}, "common must be"),
+        ({"method": "wudi", "ridge": -1}, "ridge must be"),
+        ({"method": "svc", "alpha": 0}, "alpha must be"),
         (
             {"method": "tsv", "scale": "x"},
             "scale must be a finite number, 'norm' or a multiple of it such as '2norm', got 'x'",

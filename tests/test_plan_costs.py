@@ -72,6 +72,20 @@ def canonical(p, q):
     return svd(p, T * q) + svd(q, T * p)
 
 
+def interference(p, q):
+    """CᵀC and C(CᵀC) of three cores, and an eigenproblem of q×q."""
+    return T * (2 * p * q * q + 2 * p * q * q) + 9 * q**3
+
+
+def dop(p, q):
+    """After 6 and 9 directions: eigenproblems of both sides, eight products with cores on either."""
+    found = 0.0
+    for done in (6, 9):
+        a, b = min(done, p), min(done, q)
+        found += 9 * a**3 + 9 * b**3 + 8 * 2 * a * a * b + 8 * 2 * a * b * b
+    return found
+
+
 IN_CORE = {
     "svd": svd, "iso_c": svd, "opcm": opcm, "whitening": whitening, "whitened_sum": whitened_sum,
     "chordal_mean": chordal, "core_ties": canonical, "core_dare_ties": canonical, "ctm": canonical,
@@ -79,12 +93,16 @@ IN_CORE = {
     "iso_cts": lambda p, q: svd(p, q) + (T + 2) * thin(p, q),
     "karcher_mean": lambda p, q: chordal(p, q) + 100 * (T + 1) * both(thin, p, q, 2),
     "quotient_mean": lambda p, q: frames(p, q) + thin(p, q) + 50 * T * (thin(2, 2) + 4 * p * 4 + 4 * q * 4),
-    "knots_ties": lambda p, q: svd(p, T * q),
+    "knots_ties": lambda p, q: svd(p, T * q), "subspace_boosting": svd, "wudi": interference,
+    "actmat": interference, "dop": dop,
+    "svc": lambda p, q: svd(p, q) + T * 2 * p * p * q,
+    "pico": lambda p, q: T * 2 * p * p * q + 9 * p**3,
     "cat": lambda p, q: 0, "mean": lambda p, q: 0, "task_arithmetic": lambda p, q: 0, "lora_opcm": lambda p, q: 0,
 }  # fmt: skip
 # Bytes that go by for every entry of every adapter, where a method looks at entries
-BYTES = {"ties": 140, "dare": 30, "dare_ties": 130, "magnitude_prune": 40, "core_ties": 140, "core_dare_ties": 130}
-DENSE = ["ties", "dare", "dare_ties", "magnitude_prune"]
+BYTES = {"ties": 140, "dare": 30, "dare_ties": 130, "magnitude_prune": 40, "core_ties": 140, "core_dare_ties": 130,
+         "magmax": 50}  # fmt: skip
+DENSE = ["ties", "dare", "dare_ties", "magnitude_prune", "magmax"]
 ONE_RANK = ["ctm", "chordal_mean", "karcher_mean", "quotient_mean", "lora_opcm"]
 
 

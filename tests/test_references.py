@@ -97,11 +97,21 @@ CASES = [
     ("whitened_sum", {}), ("whitened_sum", {"power": 0, "scale": 0.4}),
     ("whitened_sum", {"power": 1}), ("whitened_sum", {"cap": 4}),
     ("whitened_sum", {"power": 0.8, "cap": 5, "scale": -1}),
+    ("whitened_sum", {"sides": "left", "scale": 2}), ("whitened_sum", {"sides": "right", "power": 0}),
+    ("whitened_sum", {"sides": "left", "power": 1, "cap": 4}), ("whitened_sum", {"sides": "right", "cap": 5}),
     ("chordal_mean", {"scale": 2}), ("chordal_mean", {"k": 2}),
     ("chordal_mean", {"k": 3}), ("chordal_mean", {"k": 5}),
     ("karcher_mean", {"scale": -2}), ("karcher_mean", {"k": 2}),
     ("quotient_mean", {"scale": 3}), ("quotient_mean", {"k": 2}),
     ("regmean", {"grams": GRAMS}),
+    ("magmax", {}), ("magmax", {"scale": 2}),
+    ("subspace_boosting", {}), ("subspace_boosting", {"beta": 0.3, "scale": 2}),
+    ("subspace_boosting", {"beta": 0.85}), ("subspace_boosting", {"beta": 0}), ("subspace_boosting", {"beta": 1}),
+    ("svc", {}), ("svc", {"alpha": 0.3, "scale": 2}),
+    ("pico", {}), ("pico", {"scale": -1.5}),
+    ("wudi", {}), ("wudi", {"ridge": 0.3, "scale": 2}), ("wudi", {"ridge": 0}), ("wudi", {"ridge": 1}),
+    ("actmat", {}), ("actmat", {"ridge": 0.1, "scale": 2}), ("actmat", {"ridge": 1}),
+    ("dop", {}), ("dop", {"alpha": 0.4, "scale": 2}),
     *[("opcm", {"alpha": alpha, "variant": variant}) for alpha in (0, 0.25, 0.5, 0.75, 1)
       for variant in ("paper", "fusionbench")],
     ("opcm", {"scale": 0.3}), ("opcm", {"alpha": 0.75, "variant": "fusionbench", "scale": -2}),
@@ -115,7 +125,8 @@ SETTINGS = [
 
 def flat(method, options):
     """Whether the merged spectrum has equal values: its leading directions are then up to rounding."""
-    return method in ("iso_c", "iso_cts") or options.get("power") == 1
+    one_side = options.get("sides", "both") != "both"  # leaves √(σ‖σ‖) at power 1
+    return method in ("iso_c", "iso_cts", "subspace_boosting") or (options.get("power") == 1 and not one_side)
 
 
 def setting_id(x):
@@ -162,7 +173,13 @@ def test_rules(method, options, dtype, setting):
 @pytest.mark.parametrize("rank", [2, 5])
 @pytest.mark.parametrize(
     "method, options",
-    [("iso_c", {"scale": 2}), ("iso_cts", {}), ("iso_cts", {"common": 0.4})],
+    [
+        ("iso_c", {"scale": 2}),
+        ("iso_cts", {}),
+        ("iso_cts", {"common": 0.4}),
+        ("subspace_boosting", {}),
+        ("subspace_boosting", {"beta": 0.9, "scale": 2}),
+    ],  # fmt: skip
     ids=options_id,
 )
 def test_rank_enters_before_a_spectrum_is_made_flat(method, options, rank, dtype):
@@ -170,6 +187,38 @@ def test_rank_enters_before_a_spectrum_is_made_flat(method, options, rank, dtype
     merged = lo.merge(adapters, method, rank=rank, **options)
     close(merged, RULES[method](matrices(adapters), rank=rank, **options), 1e-5)
     assert {u.rank for u in merged.modules.values()} == {rank}
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.6])
+def test_energy_enters_before_a_spectrum_is_raised(beta, dtype):
+    adapters = adapters_of(dtype)
+    expected = RULES["subspace_boosting"](matrices(adapters), beta=beta, energy=0.8)
+    close(lo.merge(adapters, "subspace_boosting", beta=beta, energy=0.8), expected, 1e-5)
+
+
+def test_without_a_ridge_what_interferes_least_does_what_every_task_does(dtype):
+    """Where the rows of the updates do not depend on each other, whatever the tasks weigh."""
+    adapters = [a.with_modules({"wide": a.modules["wide"]}) for a in adapters_of(dtype)]
+    one, other = lo.merge(adapters, "wudi", ridge=0), lo.merge(adapters, "actmat", ridge=0)
+    close(one, {"wide": dense(other.modules["wide"])}, 1e-5)
+    for a in adapters:
+        d = dense(a.modules["wide"])
+        assert error(lo.LowRank(dense(one.modules["wide"]) @ d.mT, torch.eye(len(d)).double()), d @ d.mT) < 1e-5
+
+
+def test_dual_projections_of_tasks_that_share_no_direction_are_their_sum(generator):
+    u, v = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in SHAPES["wide"])
+    s = torch.tensor([9, 8, 7, 3, 2, 1]).double()
+    adapters = [
+        lo.Adapter({"wide": lo.LowRank(u[:, i] * s[i], v[:, i].mT.contiguous())}) for i in ([0, 4], [1, 3], [2, 5])
+    ]
+    close(lo.merge(adapters, "dop", alpha=0.3), {"wide": u @ s.diag() @ v.mT}, 1e-9)
+
+
+def test_dual_projections_that_never_give_way_are_opcm(dtype):
+    """At α = 1 the merged update stays where it acts, and takes of a new one what is outside on both sides."""
+    adapters = adapters_of(dtype)
+    close(lo.merge(adapters, "dop", alpha=1), opcm(matrices(adapters), alpha=1, scale=1.0), 1e-5)
 
 
 def test_iso_cts_takes_no_direction_of_a_task_that_the_common_ones_hold(dtype, generator):
@@ -328,25 +377,28 @@ def test_a_stream_says_what_it_did(variant, alpha, cap, dtype):
     assert rows[0]["cleared"] == 0 < rows[3]["cleared"]
 
 
-@pytest.mark.parametrize("power", [0, 0.5, 1])
+@pytest.mark.parametrize("power, sides", [(0, "both"), (0.5, "both"), (1, "both"), (0.3, "left"), (0.7, "right")])
 @pytest.mark.parametrize("gone", [0, 1, 2])
-def test_removed_is_summed_without(gone, power):
+def test_removed_is_summed_without(gone, power, sides):
     adapters = changed(adapters_of(torch.float64), "missing")[0]
-    merger = lo.SumMerger(power=power, scale=1.7)
+    merger = lo.SumMerger(power=power, scale=1.7, sides=sides)
+    summed = lambda adapters: each(whitened_sum)(matrices(adapters), power=power, scale=1.7, sides=sides)  # noqa: E731
     for a in adapters:
         merger.add(a)
     merger.remove(adapters[gone])
     rest = [a for i, a in enumerate(adapters) if i != gone]
-    close(merger.adapter(), each(whitened_sum)(matrices(rest), power=power, scale=1.7), 1e-8)
+    close(merger.adapter(), summed(rest), 1e-8)
     merger.add(adapters[gone])
-    whole = each(whitened_sum)(matrices(adapters), power=power, scale=1.7)
+    whole = summed(adapters)
     close(merger.adapter(), whole, 1e-8)
     if power < 1:
         close(merger.adapter(rank=2), {n: cut(x, 2) for n, x in whole.items()}, 1e-8)
 
 
-def test_a_capped_sum_is_cut_after_every_adapter():
-    adapters, merger = adapters_of(torch.float64), lo.SumMerger(power=0.3, cap=4)
+@pytest.mark.parametrize("power, sides", [(0.3, "both"), (0.3, "left"), (1, "right")])
+def test_a_capped_sum_is_cut_after_every_adapter(power, sides):
+    adapters, merger = adapters_of(torch.float64), lo.SumMerger(power=power, cap=4, sides=sides)
     for t, a in enumerate(adapters, 1):
         merger.add(a)
-        close(merger.adapter(), each(whitened_sum)(matrices(adapters[:t]), power=0.3, cap=4), 1e-8)
+        expected = each(whitened_sum)(matrices(adapters[:t]), power=power, cap=4, sides=sides)
+        close(merger.adapter(), expected, 1e-8)

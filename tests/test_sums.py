@@ -129,6 +129,22 @@ def test_a_saved_state_goes_on_as_if_it_had_not_stopped(cap, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+def test_a_state_knows_its_sides_and_one_from_before_them_whitens_both(tmp_path):
+    a, b, c = stream(3)
+    for sides in ("left", "both"):
+        path = lo.SumMerger(power=0.3, sides=sides).add(a).add(b).save(tmp_path / sides)
+        assert (
+            gap(lo.SumMerger.load(path).add(c).adapter(), lo.merge([a, b, c], "whitened_sum", power=0.3, sides=sides))
+            < 1e-9
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    before = {key: text.replace(',"sides":"both"', "") for key, text in metadata.items()}
+    assert before != metadata
+    save_file(tensors, path, before)
+    assert gap(lo.SumMerger.load(path).adapter(), lo.merge([a, b], "whitened_sum", power=0.3)) < 1e-9
+
+
 def test_states_know_their_kind(tmp_path):
     a = stream(1)[0]
     sums = lo.SumMerger().add(a).save(tmp_path / "sums.safetensors")

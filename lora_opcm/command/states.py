@@ -38,6 +38,14 @@ class Variant(StrEnum):
     fusionbench = "fusionbench"
 
 
+class Sides(StrEnum):
+    """What a whitened sum whitens: outputs and inputs, or one of them."""
+
+    both = "both"
+    left = "left"
+    right = "right"
+
+
 State = Annotated[Path, typer.Argument(help="a state file")]
 HEADS = {"name": "name", "norm": "norm", "lambda": "λ", "cleared": "projected out", "dropped": "cut by the cap",
          "rank": "rank"}  # fmt: skip
@@ -53,6 +61,9 @@ def add(
     variant: Annotated[Variant | None, typer.Option(help="for a new state of opcm, default paper")] = None,
     power: Annotated[
         float | None, typer.Option(min=0, max=1, help="for a new state of whitened_sum, default 0.5")
+    ] = None,
+    sides: Annotated[
+        Sides | None, typer.Option(help="for a new state of whitened_sum: outputs (left), inputs (right) or both")
     ] = None,
     scale: Annotated[
         str | None, typer.Option(help="for a new state: factor of the merged update, or norm, 2norm, …")
@@ -75,7 +86,7 @@ def add(
     from ..streams import load_stream
 
     given = {"alpha": alpha, "variant": variant and variant.value, "power": power,
-             "scale": number_or_word(scale), "cap": cap}  # fmt: skip
+             "sides": sides and sides.value, "scale": number_or_word(scale), "cap": cap}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with _locked(state), Steps() as steps:
         if state.exists():

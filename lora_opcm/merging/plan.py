@@ -33,9 +33,9 @@ from .method import method_of
 
 START = 2e6  # operations
 # Bytes that go by for every entry of every adapter: a selection of the largest is about 40, sign election 100, a
-# random mask 30.
-PASSES = {"ties": 140, "dare": 30, "dare_ties": 130, "magnitude_prune": 40, "knots_ties": 140, "core_ties": 140,
-          "core_dare_ties": 130}  # fmt: skip
+# random mask 30, a largest and a smallest value 50.
+PASSES = {"ties": 140, "dare": 30, "dare_ties": 130, "magnitude_prune": 40, "magmax": 50, "knots_ties": 140,
+          "core_ties": 140, "core_dare_ties": 130}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,26 @@ def _whitened_sum(p: int, q: int, ranks: Sequence[int]) -> float:
     return frames(p, q, ranks) + steps + 3 * 9 * p**3
 
 
+def _svc(p: int, q: int, ranks: Sequence[int]) -> float:
+    """The responses of every task in the directions of the sum."""
+    return svd(p, q) + 2 * p * p * q * len(ranks)
+
+
+def _pico(p: int, q: int, ranks: Sequence[int]) -> float:
+    return 2 * p * p * q * len(ranks) + 9 * p**3
+
+
+def _interference(p: int, q: int, ranks: Sequence[int]) -> float:
+    """CᵀC and C·CᵀC of every core, an eigenproblem of their sum."""
+    return 4 * p * q * q * len(ranks) + 9 * q**3
+
+
+def _dop(p: int, q: int, ranks: Sequence[int]) -> float:
+    """Every step solves a Sylvester equation on the live part: two eigenproblems, and products with cores."""
+    steps = [(min(d, p), min(d, q)) for d in (sum(ranks[:t]) for t in range(2, len(ranks) + 1))]
+    return sum(9 * (a**3 + b**3) + 16 * a * b * (a + b) for a, b in steps)
+
+
 def _ctm(p: int, q: int, ranks: Sequence[int]) -> float:
     return svd(p, len(ranks) * q) + svd(q, len(ranks) * p)
 
@@ -139,7 +159,8 @@ CORES: dict[str, Callable[[int, int, Sequence[int]], float]] = {
     "iso_cts": lambda p, q, ranks: svd(p, q) + len(ranks) * thin_svd(p, q) + 2 * thin_svd(p, q),
     "core_ties": _ctm, "core_dare_ties": _ctm, "ctm": _ctm, "chordal_mean": _chordal, "karcher_mean": _karcher,
     "quotient_mean": _quotient, "opcm": _opcm, "whitening": _whitening, "whitened_sum": _whitened_sum,
-    "knots_ties": lambda p, q, ranks: svd(p, len(ranks) * q),
+    "knots_ties": lambda p, q, ranks: svd(p, len(ranks) * q), "subspace_boosting": lambda p, q, ranks: svd(p, q),
+    "svc": _svc, "pico": _pico, "wudi": _interference, "actmat": _interference, "dop": _dop,
 }  # fmt: skip
 ONE_RANK = {"ctm", "chordal_mean", "karcher_mean", "quotient_mean", "lora_opcm"}  # of the result
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..lowrank import LowRank
 from ..merging.rules.frames import Sums, refuse_flat
 from ..numerics import nonzero_svd, working_dtype
-from ..values import Limit, Scale, Share
+from ..values import Limit, Scale, Share, Sides
 from .stream import State, Stream
 
 PARTS = ("left", "right", "S", "L", "R")
@@ -25,17 +25,19 @@ class SumMerger(Stream[Sums]):
         of the stream, up to the size of the layer, and the result does not depend on the order.
     scale : float or "norm"
         Factor of the merged update.
+    sides : {"both", "left", "right"}
+        Which are whitened: outputs (left), inputs (right), or both. The state holds all three sums in any case.
     """
 
     kind = "whitened_sum"
 
-    def __init__(self, power: Share = 0.5, cap: Limit = None, scale: Scale = 1.0):
-        super().__init__(power=power, cap=cap, scale=scale)
-        refuse_flat(power, cap)
+    def __init__(self, power: Share = 0.5, cap: Limit = None, scale: Scale = 1.0, sides: Sides = "both"):
+        super().__init__(power=power, cap=cap, scale=scale, sides=sides)
+        refuse_flat(power, cap, sides)
 
     def grow(self, kept: Sums | None, update: LowRank) -> tuple[Sums, dict[str, float]]:
         sums = Sums.empty(*update.shape) if kept is None else kept
-        return sums.add(update.svd(), self.power, self.cap), {}
+        return sums.add(update.svd(), self.power, self.cap, self.sides), {}
 
     def shrink(self, kept: Sums, update: LowRank) -> Sums | None:
         left = kept.subtract(update.svd(), self.power)
@@ -53,7 +55,7 @@ class SumMerger(Stream[Sums]):
 
     def export(self, kept: Sums) -> LowRank:
         dtype = working_dtype(kept.S.dtype if self.like is None else self.like.dtype)
-        u, s, vh = nonzero_svd(kept.core(), dtype)
+        u, s, vh = nonzero_svd(kept.core(self.sides), dtype)
         return LowRank(kept.left @ (u * s), vh @ kept.right.mT)
 
     def shape(self, kept: Sums) -> tuple[int, int]:

@@ -5,6 +5,7 @@ no order can move, which makes them other methods than their namesakes on ΔW.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -61,6 +62,17 @@ def dare_ties(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> T
 def magnitude_prune(deltas: list[Tensor], density: Density = 0.5) -> Tensor:
     """Trim small entries, add."""
     return sum((trim(d, density) for d in deltas), torch.zeros_like(deltas[0]))
+
+
+@merge_method("magmax", space="dense", source="Marczak et al., arXiv 2407.06322", keeps="dense sums")
+def magmax(deltas: list[Tensor]) -> Tensor:
+    """Of every entry, the value of largest magnitude among the updates: ΔWₜ[i, j] with t = argmaxₜ |ΔWₜ[i, j]|.
+
+    The rule of the paper, which trains its updates one after the other; ours are as they are given. Of two values of
+    one magnitude its code takes the later and we the positive one, so that no order matters. One dense matrix is kept.
+    """
+    largest, smallest = reduce(torch.maximum, deltas), reduce(torch.minimum, deltas)
+    return torch.where(largest >= -smallest, largest, smallest)
 
 
 def canonical(core: Core) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -6,7 +6,8 @@ TSV-Merge stacks the singular frames of all tasks and whitens both stacks. The p
     L^{-1/2} S R^{-1/2},   S = Σ ΔWₜ,   L = Σ UₜUₜᵀ,   R = Σ VₜVₜᵀ.
 
 Sums need neither all adapters at once nor an order. `power` weights the directions of each task by
-(σ/‖σ‖)^power inside L and R: 0 is TSV, 1 flattens the spectrum of a task that is alone.
+(σ/‖σ‖)^power inside L and R: 0 is TSV, 1 flattens the spectrum of a task that is alone. Whitened on one side only,
+L^{-1/2} S or S R^{-1/2}, the other of L and R is not needed: two sums are enough.
 
 Source of TSV-Merge: Gargiulo et al., arXiv 2412.00081.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...values import Limit, Share
+from ...values import Limit, Share, Sides
 from ..core import Core
 from ..method import merge_method
 
@@ -56,26 +57,47 @@ def whitening(core: Core) -> Tensor:
 
 
 @merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums")
-def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None) -> Tensor:
-    """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. See above."""
-    refuse_flat(power, cap)
+def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None, sides: Sides = "both") -> Tensor:
+    """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. One side alone needs two sums. See above.
+
+    `sides` says which are whitened: the outputs (left) L^{-1/2} S, the inputs (right) S R^{-1/2}, or both.
+    """
+    refuse_flat(power, cap, sides)
     sums = Sums.empty(*core.cores[0].shape)
     for frames in core.frames():
-        sums = sums.add(frames, power, cap)
-    return sums.left @ sums.core() @ sums.right.mT
+        sums = sums.add(frames, power, cap, sides)
+    return sums.left @ sums.core(sides) @ sums.right.mT
 
 
-def refuse_flat(power: float, cap: int | None) -> None:
+def refuse_flat(power: float, cap: int | None, sides: str = "both") -> None:
     """Raise a ValueError if a cap would choose directions by a spectrum that `power` makes flat.
 
     At power 1 the singular values of independent tasks are their norms, each as often as the task has directions:
-    which of them a cap keeps would be decided by rounding.
+    which of them a cap keeps would be decided by rounding. One side alone takes only half of that, and leaves √(σ‖σ‖)
+    of a σ.
     """
-    if power == 1 and cap is not None:
+    if power == 1 and cap is not None and sides == "both":
         raise ValueError(
             f"whitened_sum at power 1 leaves a flat spectrum, of which a cap of {cap} would keep what rounding"
             " decides: expected a power below 1, or no cap"
         )
+
+
+@merge_method("pico", source="after Tang and Yang, arXiv 2604.16826", keeps="three sums")
+def pico(core: Core) -> Tensor:
+    """The sum, with the output directions that many adapters share scaled down, as large as the adapters on average.
+
+    U diag(a) Uᵀ Σ ΔWₜ with U and σ of [ΔW₁ … ΔW_T] and aᵢ = 1 / (1 + (T − 1) σᵢ² / ‖σ‖²); then every module gets the
+    mean norm of the T updates that are not zero there. Two sums are needed, Σ ΔWₜ and Σ ΔWₜΔWₜᵀ. The paper has
+    U and σ of the factors [B₁ … B_T], which depend on the gauge: ours are the same where all A have orthonormal rows.
+    It is meant to go before any rule; this is the sum after it.
+    """
+    sizes = [size**0.5 for size in core.norms() if size]
+    values, u = torch.linalg.eigh(torch.stack([c @ c.mT for c in core.cores]).sum(0))
+    shares = values.clamp_min(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
+    found = (u / (1 + (len(sizes) - 1) * shares)) @ (u.mT @ core.total())
+    mean, norm = sum(sizes) / max(len(sizes), 1), float(found.norm())
+    return found * (mean / norm if norm > ROUNDING * mean else 0.0)  # of updates that cancel, rounding is left
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +132,11 @@ class Sums:
         zeros = lambda a, b: torch.zeros(a, b, dtype=torch.float64)  # noqa: E731
         return cls(zeros(m, 0), zeros(n, 0), zeros(0, 0), zeros(0, 0), zeros(0, 0))
 
-    def add(self, svd: SVD, power: float, cap: int | None) -> "Sums":
+    def add(self, svd: SVD, power: float, cap: int | None, sides: str = "both") -> "Sums":
         """With one more update, given as U (m, r), σ (r,), Vᵀ (r, n).
 
-        The frames keep at most `cap` directions, the leading ones of L^{-1/2} S R^{-1/2}. Without a cap the
-        result does not depend on the order of additions.
+        The frames keep at most `cap` directions, the leading ones of `core(sides)`. Without a cap the result does
+        not depend on the order of additions, nor what is kept on the sides.
         """
         u, s, vh, share = _shares(svd, power)
         left, a, b = _extend(self.left, u)
@@ -127,7 +149,7 @@ class Sums:
         )  # fmt: skip
         if cap is None or max(grown.S.shape) <= cap:
             return grown
-        p, _, qh = torch.linalg.svd(grown.core(), full_matrices=False)
+        p, _, qh = torch.linalg.svd(grown.core(sides), full_matrices=False)
         p, q = p[:, :cap], qh[:cap].mT
         return Sums(left @ p, right @ q, p.mT @ grown.S @ q, p.mT @ grown.L @ p, q.mT @ grown.R @ q)
 
@@ -140,9 +162,10 @@ class Sums:
         S = p.mT @ (self.S - (b * s) @ d.mT) @ q
         return Sums(self.left @ p, self.right @ q, S, p.mT @ L @ p, q.mT @ R @ q)
 
-    def core(self) -> Tensor:
-        """L^{-1/2} S R^{-1/2} in the frames, (p, q)."""
-        return inverse_root(self.L) @ self.S @ inverse_root(self.R)
+    def core(self, sides: str = "both") -> Tensor:
+        """L^{-1/2} S R^{-1/2} in the frames, (p, q), or with one of the two factors alone."""
+        found = self.S if sides == "right" else inverse_root(self.L) @ self.S
+        return found if sides == "left" else found @ inverse_root(self.R)
 
 
 def inverse_root(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Rules that make the spectrum of the sum flat."""
+"""Rules that keep the singular directions of the sum, or most of them, and give it another spectrum."""
 
 import torch
 from torch import Tensor
 
 from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
-from ...values import Energy, Limit, Share
+from ...values import Density, Energy, Limit, Share
 from ..core import Core
 from ..method import merge_method
 from .frames import polar
@@ -39,6 +39,39 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
         right.append(vt[:kept].mT)
     mean = torch.cat(spectrum).mean() if len(s) else 0.0
     return mean * polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).mT
+
+
+@merge_method("subspace_boosting", source="Skorobogat et al., arXiv 2506.16506", keeps="one sum")
+def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy: Energy = None) -> Tensor:
+    """The sum, cut to `rank`, with its small singular values raised: to the first by which a share `beta` is reached.
+
+    U diag(max(σᵢ, σ_c)) Vᵀ with c the smallest index at which σ₁ + … + σ_c ≥ β Σ σᵢ. At β = 0 the spectrum is flat, at
+    1 it is that of the sum. Cut first, as the raised values are all the same. The paper has β = 0.01 for updates of
+    full rank, of which one value is a small share; of low ones the first is that share already, and all would be flat.
+    Ours leaves out what is zero but for rounding: a full SVD fills it with directions that are nobody's.
+    """
+    u, s, vh = leading(core.total(), core.dtype, rank, energy)
+    below = int((s.cumsum(0) < beta * s.sum() * (1 - 1e-12)).sum())
+    return (u * s.clamp_min(s[min(below, len(s) - 1)] if len(s) else 0.0)) @ vh
+
+
+@merge_method("svc", source="Li et al., arXiv 2602.05536")
+def svc(core: Core, alpha: Density = 1.0) -> Tensor:
+    """Singular value calibration: the sum, with the directions of outputs that it counts several times scaled down.
+
+    UΣVᵀ of the sum becomes U diag(γᵢσᵢ) Vᵀ with γᵢ = T / Σₜ max(α, sₜᵢ), and sₜᵢ = ⟨a, aₜ⟩ / ‖aₜ‖² says how often the
+    response aₜ = uᵢᵀΔWₜ of a task is in that of the sum, a = σᵢvᵢᵀ. A task with no response, below 1e-6 of its norm,
+    has s = 0 (the code of the paper: below 1e-12 of ‖aₜ‖²). The paper calibrates what any rule merged, a mean with
+    α = 1/T: the result is that of the sum with α = 1.
+    """
+    u, s, vh = nonzero_svd(core.total(), core.dtype)
+    counted = torch.zeros_like(s)
+    for c in core.cores:
+        response = u.mT @ c
+        size = response.square().sum(1)
+        there = size > (RTOL_SINGLE * c.norm()) ** 2
+        counted += torch.where(there, s * (response * vh).sum(1) / size.where(there, 1), 0).clamp_min(alpha)
+    return (u * (len(core.factors) / counted * s)) @ vh
 
 
 def leading(x: Tensor, dtype: torch.dtype, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Tensor]:
