@@ -95,15 +95,19 @@ class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 class HeadTrainer(Trainer):
     """Trainer whose logits are scaled cosines to a frozen head."""
 
-    def __init__(self, *args, base: Encoder | Clip, head: torch.Tensor, **kwargs):
+    def __init__(self, *args, base: Encoder | Clip, head: torch.Tensor, groups: tuple[int, ...] | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.base, self.head = base, head
+        self.groups = groups and torch.tensor(groups)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over its batch; accumulation divides it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
         z = self.base.embed(model, inputs)
         logits = self.base.scale * z @ self.head.to(z.device, z.dtype).T
+        if self.groups is not None:  # a text competes for the labels of its own task
+            groups = self.groups.to(z.device)
+            logits = logits.masked_fill(groups != groups[labels][:, None], -1e4)
         loss = F.cross_entropy(logits, labels)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -136,7 +140,7 @@ def train_adapter(
     options = {}
     if base.family != "causal":
         # A clone, because inference tensors cannot enter autograd.
-        options = {"base": base, "head": base.head(task).clone()}
+        options = {"base": base, "head": base.head(task).clone(), "groups": task.groups}
     if protocol.quantise:
         base.model = prepare_model_for_kbit_training(base.model)
     config = LoraConfig(

@@ -21,8 +21,8 @@ def _knob(name: str, *values, **fixed) -> tuple[dict, ...]:
 ROWS: dict[str, tuple[str, tuple[dict, ...]]] = {
     "task arithmetic": ("cat", ({},)),
     "TIES": ("ties", _knob("density", 0.1, 0.2, 0.5)),
-    "DARE": ("dare", _knob("density", 0.5, 0.8)),
-    "DARE-TIES": ("dare_ties", _knob("density", 0.5, 0.8)),
+    "DARE": ("dare", _knob("density", 0.5)),
+    "DARE-TIES": ("dare_ties", _knob("density", 0.5)),
     "magnitude prune": ("magnitude_prune", _knob("density", 0.1, 0.3, 0.5)),
     "KnOTS-TIES": ("knots_ties", _knob("density", 0.2, 0.5, 0.8)),
     "core TIES": ("core_ties", _knob("density", 0.2, 0.5, 0.8)),
@@ -37,14 +37,26 @@ ROWS: dict[str, tuple[str, tuple[dict, ...]]] = {
     "factor-wise OPCM, balanced": ("lora_opcm", _knob("alpha", 0.25, 0.5, 0.75, gauge="balanced")),
     "sequential whitening": ("whitening", ({},)),
     "whitened sum": ("whitened_sum", _knob("power", 0.25, 0.5, 1.0)),
+    "output whitening": ("whitened_sum", _knob("power", 0.0, 0.5, 1.0, sides="left")),
+    "input whitening": ("whitened_sum", _knob("power", 0.0, 0.5, 1.0, sides="right")),
+    "MagMax": ("magmax", ({},)),
+    "subspace boosting": ("subspace_boosting", _knob("beta", 0.3, 0.5, 0.7)),
+    "SVC": ("svc", _knob("alpha", 0.25, 0.5, 1.0)),
+    "Pico": ("pico", ({},)),
+    "WUDI": ("wudi", _knob("ridge", 0.001, 0.01, 0.1)),
+    "ACTMat": ("actmat", _knob("ridge", 0.0, 0.01, 0.1)),
+    "DOP": ("dop", _knob("alpha", 0.5, 0.8, 0.95)),
 }
 AS_PUBLISHED = {  # scales of their own, nothing chosen
     "mean": ("mean", ({},)),
     "OPCM as published": ("opcm", ({"alpha": 0.5, "scale": "norm"},)),
     "sum, scale 1": ("cat", ({},)),
 }
-CAPPED = {"whitened sum, cap 16": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5, cap=16))}
-MAIN = ("task arithmetic", "TIES", "TSV", "Iso-C", "OPCM", "whitened sum")
+CAPPED = {
+    "whitened sum, cap 16": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5, cap=16)),
+    "output whitening, cap 16": ("whitened_sum", _knob("power", 0.0, 0.5, 1.0, cap=16, sides="left")),
+}
+MAIN = ("task arithmetic", "TIES", "TSV", "Iso-C", "OPCM", "whitened sum", "output whitening")
 
 
 # one at a time, and no more kept between two than one adapter of the cap's rank
@@ -53,12 +65,13 @@ STREAMS: dict[str, tuple[str, tuple[dict, ...]]] = {
     "OPCM": ("opcm", _knob("alpha", 0.5, 0.75)),
     "sequential whitening": ("whitening", ({},)),
     "whitened sum": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5)),
+    "output whitening": ("whitened_sum", _knob("power", 0.0, 0.5, 1.0, sides="left")),
 }
 CAPS = {16: 20, 32: 5, 64: 5}  # rank → orders tried
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 CUTS = (4, 8, 32, 64, 128)
 SUBSETS = {2: 6, 4: 4, 8: 3, 16: 2, 20: 1}  # how many small tasks → how many draws of them
-PAIR_ROWS = ("task arithmetic", "TIES", "TSV", "OPCM", "whitened sum")
+PAIR_ROWS = ("task arithmetic", "TIES", "TSV", "OPCM", "whitened sum", "output whitening")
 WEIGHTS = tuple(round(0.3 * i, 1) for i in range(8))  # of the mixing desk: 0 to 2.1
 
 
@@ -88,12 +101,15 @@ def bake_off(seed: int, recipe: str = "published") -> Iterator[Trial]:
         yield from (_row("bake_off", label, rank=rank, **rest) for label in ROWS)
     yield from (_row("bake_off", label, **rest) for label in CAPPED)
     yield from as_published("bake_off", **rest)
+    if recipe == "published":
+        yield Trial("bake_off", "RegMean, with texts", "regmean", natural=True, **rest)
+        yield Trial("bake_off", "one LoRA on all tasks", "joint", natural=True, **rest)
 
 
 def stream(seed: int) -> Iterator[Trial]:
     """Streams of bounded memory in many orders; the first order chooses the scale for all (`steps=()`)."""
     for cap, count in CAPS.items():
-        for label in ("TSV", "whitened sum", "sequential whitening") if cap != RANK else ():
+        for label in ("TSV", "whitened sum", "output whitening", "sequential whitening") if cap != RANK else ():
             yield _row("joint", label, rank=cap, tasks=tasks(), seed=seed)
         for order in orders(count):
             names = tuple(tasks()[i] for i in order)
@@ -128,7 +144,7 @@ def growth(seed: int) -> Iterator[Trial]:
     for count, draws in SUBSETS.items():
         for _ in range(draws):
             picked = sorted(rng.choice(len(small_tasks()), count, replace=False))
-            for label in ("task arithmetic", "TSV", "Iso-C", "OPCM", "whitened sum"):
+            for label in ("task arithmetic", "TSV", "Iso-C", "OPCM", "whitened sum", "output whitening"):
                 for rank in (None, RANK):
                     names = tuple(small_tasks()[i] for i in picked)
                     yield _row("growth", label, tasks=names, seed=seed, rank=rank)
@@ -160,7 +176,7 @@ def desk(seed: int, recipe: str) -> Iterator[Trial]:
 
 def published() -> list[Trial]:
     """All trials, what the book's conclusions rest on first."""
-    found = [*bake_off(1), *bake_off(2), *bake_off(3), *stream(1), *pairs(1), *pairs(2), *pairs(3)]
-    found += [*bake_off(4), *bake_off(5), *growth(1), *robustness(1), *knobs(1), *stream(2), *stream(3)]
-    found += [*growth(2), *robustness(2), *knobs(2), *knobs(3), *bake_off(0, "book"), *desk(0, "book")]
+    found = [*bake_off(1), *bake_off(2), *bake_off(3), *stream(1), *pairs(1), *growth(1), *bake_off(4), *bake_off(5)]
+    found += [*robustness(1), *knobs(1), *bake_off(0, "book"), *pairs(2), *pairs(3), *stream(2), *stream(3)]
+    found += [*knobs(2), *knobs(3), *growth(2), *robustness(2), *desk(0, "book")]
     return list(dict.fromkeys(found))

@@ -8,6 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +19,16 @@ import typer
 from ...files import Adapter
 from ...lowrank import LowRank
 from ...merging.merge import merge
+from ..attach import applied
 from ..evaluation import Evaluator
-from ..tasks import load_task
+from ..tasks import load_task, tasks
 from . import recipes, rows
 from .choice import Candidate, chosen, ratio, search, weights
 from .outcomes import Outcome, Trial, read_lines
 
 ALWAYS = (0, 1, 2, 3)  # steps tried on test texts in any case: what a rule without data may choose
+BOUNDS = ("", "own", "joint")
+GRAM_TEXTS = 512  # of the training texts of each task, for RegMean
 Packed = dict[str, tuple[np.ndarray, np.ndarray]]  # factors by module, as they travel between processes
 Merged = tuple[list[Packed], float, dict]
 
@@ -74,7 +78,7 @@ class Bench:
         return {split: [len(e.labels[name]) for name in names] for split, e in self.splits.items()}
 
     def bounds(self, trial: Trial, folder: str) -> Outcome:
-        """The base model, or each task with its own adapter."""
+        """What needs no merge: the base model, each task with its own adapter, one adapter trained on all."""
         found = {}
         for split in self.splits:
             own = {
@@ -110,9 +114,60 @@ class Bench:
             see("test", i, step)
         return Outcome(trial, norms, mean, **right, sizes=sizes, about=about)
 
+    def regmean(self, trial: Trial, folder: str) -> Outcome:
+        """RegMean, whose Gram matrices are of the inputs that training texts give with each task's own adapter."""
+        adapters = {task: recipes.adapter(folder, trial.recipe, trial.seed, task) for task in trial.tasks}
+        evaluator, found = self.splits["test"], []
+        for task, adapter in adapters.items():
+            texts = evaluator.base.encode(load_task(task), "train", GRAM_TEXTS)
+            found.append(grams(evaluator, adapter, texts))
+        merged = merge(list(adapters.values()), "regmean", grams=found, dtype=torch.float32)
+        right = {(0, 0): self.correct("test", trial.tasks, merged)}
+        mean = float(np.mean([a.norm() for a in adapters.values()]))
+        return Outcome(trial, [merged.norm()], mean, {}, right, self.sizes(trial.tasks))
+
     def _here(self, packed: Packed, like: Adapter) -> Adapter:
         place = lambda x: torch.from_numpy(x).to(self.device)  # noqa: E731
         return like.with_modules({name: LowRank(*map(place, factors)) for name, factors in packed.items()})
+
+
+@torch.inference_mode()
+def grams(evaluator: Evaluator, adapter: Adapter, texts: list) -> dict[str, torch.Tensor]:
+    """XᵀX (n, n) of the inputs of every module of the adapter, over the tokens of some texts."""
+    found, base = {}, evaluator.base
+    batch = {k: t.to(evaluator.model.device) for k, t in base.collate(texts).items()}
+    tokens = batch["attention_mask"].bool()
+
+    def look(name):
+        def hook(module, inputs, output):
+            x = inputs[0][tokens].float()
+            found[name] = (x.mT @ x).cpu()
+
+        return hook
+
+    with applied(evaluator.model, adapter, evaluator.exact):
+        handles = [evaluator.model.get_submodule(n).register_forward_hook(look(n)) for n in adapter.modules]
+        try:
+            base.embed(evaluator.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+def adapter_of(trial: Trial, folder: str, task: str) -> Adapter | None:
+    """What a bound evaluates on a task."""
+    if not trial.method:
+        return None
+    recipe, name = ("joint", "joint") if trial.method == "joint" else (trial.recipe, task)
+    return recipes.adapter(folder, recipe, trial.seed, name)
+
+
+def needs(trial: Trial) -> list[recipes.Wanted]:
+    """The adapters of a trial."""
+    if trial.method == "joint":
+        return [("joint", trial.seed, "joint")]
+    return [(recipes.source(trial.recipe, task), trial.seed, task) for task in trial.tasks if trial.method]
 
 
 def follow(trial: Trial) -> tuple:
@@ -129,10 +184,13 @@ def run_trials(
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
         waiting, running = list(trials), dict[Future, Trial]()
         while (waiting or running) and time.monotonic() < deadline:
-            for trial in [t for t in waiting if ready(t, folder)][: 3 * workers - len(running)]:
+            free = max(0, 3 * workers - len(running))
+            for trial in list(islice((t for t in waiting if ready(t, folder)), free)):
                 waiting.remove(trial)
-                if trial.method in ("", "own"):
+                if trial.method in BOUNDS:
                     yield bench.bounds(trial, str(folder))
+                elif trial.method == "regmean":
+                    yield bench.regmean(trial, str(folder))
                 else:
                     running[pool.submit(merge_trial, trial, str(folder))] = trial
             done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done if running else time.sleep(1) or ()
@@ -153,7 +211,7 @@ def run_trials(
 
 def ready(trial: Trial, folder: Path) -> bool:
     """Whether the adapters of a trial are trained."""
-    return not trial.method or all(recipes.there(folder, trial.recipe, trial.seed, task) for task in trial.tasks)
+    return all(recipes.there(folder, *one) for one in needs(trial))
 
 
 def _prepare():
@@ -161,9 +219,9 @@ def _prepare():
 
 
 def wanted(trials: Iterable[Trial]) -> list[recipes.Wanted]:
-    """The adapters that trials need, in order."""
-    named = ((recipes.source(t.recipe, task), t.seed, task) for t in trials if t.method for task in t.tasks)
-    return list(dict.fromkeys(named))
+    """The adapters that trials need, in order; and a control whose labels say nothing of their texts."""
+    control = [("shuffled labels", 1, task) for task in tasks()]
+    return list(dict.fromkeys([*(one for trial in trials for one in needs(trial)), *control]))
 
 
 def main(

@@ -6,12 +6,13 @@ from ... import plugins
 from .hub import GLUE, load_hub_task
 from .prompts import Prompts, load_prompts
 from .task import Task
-from .texts import load_task, small_tasks, tasks
+from .texts import joint_task, load_task, small_tasks, tasks
 from .vision import VISION, load_vision_task
 
 __all__ = [
     "Prompts",
     "Task",
+    "joint_task",
     "load_hub_task",
     "load_named",
     "load_prompts",

@@ -19,7 +19,7 @@ class Task:
     """One task: splits `train`, `validation` and `test` with columns `text` or `image` and `label`.
 
     `sentences` are the words of the frozen head: one sentence a label or, for images, several that are
-    averaged.
+    averaged. Of several tasks in one, `groups` has for every label the task it belongs to.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Task:
     sentences: tuple[str | tuple[str, ...], ...]
     splits: DatasetDict
     column: str = "text"
+    groups: tuple[int, ...] | None = None
 
     def __getitem__(self, split: str) -> Dataset:
         return self.splits[split]

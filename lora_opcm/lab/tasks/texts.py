@@ -55,6 +55,24 @@ def load_task(name: str) -> Task:
     )
 
 
+@cache
+def joint_task() -> Task:
+    """The eight tasks in one, each text with the labels of its own."""
+    found, before = [load_task(name) for name in tasks()], 0
+    parts, groups = {split: [] for split in ("train", "validation", "test")}, []
+    for i, task in enumerate(found):
+        for split, rows in parts.items():
+            one = task[split]
+            rows += zip(one["text"][:], (label + before for label in one["label"][:]), strict=True)
+        before += len(task.labels)
+        groups += [i] * len(task.labels)
+    rng = np.random.default_rng(SPLIT_SEED)
+    mixed = {split: [rows[i] for i in rng.permutation(len(rows))] for split, rows in parts.items()}
+    splits = {s: Dataset.from_dict({"text": [t for t, _ in r], "label": [k for _, k in r]}) for s, r in mixed.items()}
+    labels, sentences = (sum((getattr(t, what) for t in found), ()) for what in ("labels", "sentences"))
+    return Task("joint", labels, sentences, DatasetDict(splits), groups=tuple(groups))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One text task: where its rows are, and the words of its classes."""
@@ -64,6 +82,7 @@ class Recipe:
     classes: dict[str, str]  # label in the file -> words in the template
 
 
+@cache
 def _rows(file: str, label: str = "Category", text: str = "Text") -> list[dict]:
     """Rows of an Orange .tab file: three header lines (names, types, roles), then tab-separated CSV."""
     with open(fetch(DATA) / file, encoding="utf8", newline="") as handle:
