@@ -69,7 +69,10 @@ def tune(
     recipe: Recipe = Recipe(),  # noqa: B008
     log: Callable[[str], None] = print,
 ) -> dict[str, Adapter]:
-    """One adapter for each task of `rows`, which have equally many examples; the model is left as it was."""
+    """One adapter for each task of `rows`; the model is left as it was.
+
+    As many steps an epoch as the shortest task has batches.
+    """
     count, tasks = len(rows), list(rows)
     scaling = recipe.alpha / recipe.rank
     examples = {task: encode(rows[task], tokenizer) for task in tasks}
@@ -105,22 +108,29 @@ def _adapter(stacked: Mapping[str, Stacked], i: int, recipe: Recipe) -> Adapter:
     return Adapter(modules, base_model=PUBLIC_NAME, config=config)
 
 
-def plan(lengths: list[list[int]], batch_size: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """One epoch: steps, and in each the examples of every task, all of like length; short rests are left out."""
-    steps = len(lengths[0]) // batch_size
+def plan(
+    lengths: list[list[int]], batch_size: int, rngs: list[np.random.Generator], order: np.random.Generator
+) -> list[list[np.ndarray]]:
+    """One epoch: steps, and in each the examples of every task, all of like length; a short rest is left out.
+
+    `rngs` choose for each task, `order` the order of the steps, which is one for all.
+    """
+    steps = min(map(len, lengths)) // batch_size
+    found = []
     # Tasks differ in length more than examples of one task do; batches of like rank in length waste least.
-    orders = [np.argsort(np.array(of) + rng.uniform(0, 4, len(of)), kind="stable") for of in lengths]
-    skipped = [rng.permutation(len(order))[: len(order) - steps * batch_size] for order in orders]
-    orders = [np.delete(order, skip) for order, skip in zip(orders, skipped)]
-    return [[o[k * batch_size : (k + 1) * batch_size] for o in orders] for k in rng.permutation(steps)]
+    for of, rng in zip(lengths, rngs, strict=True):
+        ranked = np.argsort(np.array(of) + rng.uniform(0, 4, len(of)), kind="stable")
+        skipped = rng.permutation(len(of))[: len(of) - steps * batch_size]
+        found.append(np.delete(ranked, skipped).reshape(steps, batch_size))
+    return [[own[k] for own in found] for k in order.permutation(steps)]
 
 
 def _train(model, stacked, examples: Mapping[str, list[Example]], recipe: Recipe, pad_id: int, log) -> None:
     device = model.device
     tasks = list(examples.values())
-    rng = np.random.default_rng(recipe.seed)
+    rngs, order = [np.random.default_rng(recipe.start(name)) for name in examples], np.random.default_rng(recipe.seed)
     lengths = [[len(ids) for ids, _ in of] for of in tasks]
-    steps = [step for _ in range(recipe.epochs) for step in plan(lengths, recipe.batch_size, rng)]
+    steps = [step for _ in range(recipe.epochs) for step in plan(lengths, recipe.batch_size, rngs, order)]
     parameters = [p for layer in stacked.values() for p in (layer.a, layer.b)]
     optimiser = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=device.type == "cuda")
     warm = max(1, round(recipe.warmup * len(steps)))
