@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import tarfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +82,7 @@ class Run:
         self.marker = Marker(self.model, self.tokenizer, {(t, s): d[s] for t, d in self.data.items() for s in SPLITS})
         self.weights = Weights(self.model)
         sizes = {split: {task: len(d[split]) for task, d in self.data.items()} for split in SPLITS}
-        header = {"base": base, "step": "sqrt2", "sizes": sizes, "tasks": list(self.data)}
+        header = {"base": base, "tasks": list(self.data), "sizes": sizes, "device": device(), "versions": versions()}
         self.file = outcomes.Outcomes(out / "outcomes.jsonl", header)
         say("questions are encoded")
 
@@ -89,32 +91,43 @@ class Run:
 
     def all(self, seeds: list[int], pairs: bool) -> None:
         """Every seed: while its adapters are merged, the next one is trained."""
-        jobs, longest, folders = {}, 0.0, {}
         self.base()
+        rows, paired, longest = [], [], 0.0
         for seed in seeds:
-            if longest and self.left() < 2.5 * longest:
+            if longest and self.left() < 3 * longest:
                 say(f"no time for seed {seed}")
                 break
             begun = time.monotonic()
-            folders[seed] = self.train(seed)
+            folders = self.train(seed)
             longest = time.monotonic() - begun
-            rows = self.merges.rows(folders[seed], self.folder, seed)
+            found = self.merges.rows(folders, self.folder, seed)
             if self.small:
-                rows = [job for job in rows if job.method in ("cat", "iso_c")]
-            jobs |= {self.pool.submit(self.merges.run, job): job for job in rows}
-        if pairs:
-            for seed in folders:
-                found = self.merges.pairs(folders[seed], self.folder, seed)
-                jobs |= {self.pool.submit(self.merges.run, job): job for job in found}
-        waiting = list(jobs)  # the important ones first
-        while waiting and self.left() > 0:
-            done, _ = wait(waiting, timeout=max(1.0, self.left()), return_when=FIRST_COMPLETED)
+                found = [job for job in found if job.method in ("cat", "iso_c")]
+            self.mark(rows)
+            rows = self.submit(found)
+            if pairs:
+                paired += self.submit(self.merges.pairs(folders, self.folder, seed))
+        self.mark(rows)
+        self.mark(paired)
+
+    def submit(self, jobs: list) -> list[tuple]:
+        return [(self.pool.submit(self.merges.run, job), job) for job in jobs]
+
+    def mark(self, waiting: list[tuple]) -> None:
+        """Mark merges as they get ready, the first ones first."""
+        jobs = dict(waiting)
+        while jobs and self.left() > 0:
+            done, _ = wait(jobs, timeout=self.left(), return_when=FIRST_COMPLETED)
             if not done:
                 break
-            future = next(f for f in waiting if f in done)
-            waiting.remove(future)
-            self.row(jobs[future], future)
-        say(f"{len(waiting)} merges were not marked" if waiting else "every merge was marked")
+            future = next(f for f in jobs if f in done)
+            job = jobs.pop(future)
+            try:
+                self.row(job, future.result())
+            except Exception:  # one method's failure is no reason to lose the others
+                say(f"{job.method} {job.options} rank {job.rank} failed\n{traceback.format_exc()}")
+        if jobs:
+            say(f"no time for {len(jobs)} merges")
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -145,12 +158,9 @@ class Run:
             self.write({"kind": "own", "seed": seed, "tasks": [task], "norm": adapter.norm()}, found)
         return folders
 
-    def row(self, job, future) -> None:
+    def row(self, job, done) -> None:
         """Choose the scale of a merge, or try a pair's, and mark the test."""
-        if error := future.exception():
-            say(f"{job.method} {job.options} rank {job.rank}: {type(error).__name__}: {error}")
-            return
-        done, tasks = future.result(), job.about["tasks"]
+        tasks = job.about["tasks"]
         deltas = self.weights.deltas(self.merges.result(job))
         Path(job.file).unlink()
         unit = done.mean_norm / done.norm if done.norm else 1.0
@@ -188,6 +198,16 @@ class Run:
         what = [line[key] for key in ("kind", "seed", "method", "options", "rank", "units") if key in line]
         what += line["tasks"] if len(line["tasks"]) < 3 else []
         say(" ".join(map(str, [*what, *told])))
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}
 
 
 def search(mark: Callable[[int], dict], score: Callable[[dict], float]) -> dict[int, dict]:

@@ -99,9 +99,7 @@ def run(job: Job) -> Done:
     adapters = [load_adapter(folder) for folder in job.folders]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        merged = merge(
-            adapters, job.method, rank=job.rank, scale=1.0, dtype=torch.float32, ragged=True, **job.options
-        )
+        merged = merge(adapters, job.method, rank=job.rank, scale=1.0, dtype=torch.float32, ragged=True, **job.options)
     seconds = time.perf_counter() - begun
     sides = {f"{name}/{side}": getattr(u, side) for name, u in merged.items() for side in ("left", "right")}
     save_file({name: x.contiguous() for name, x in sides.items()}, job.file)
