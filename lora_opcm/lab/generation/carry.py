@@ -13,7 +13,7 @@ from ..assets import cache_dir, fetch
 from ..embedded import EMBEDDED
 from .puzzles import load_puzzle, puzzle_file, puzzles
 
-PART = 50 * 2**20  # bytes
+PART = 33 * 2**20  # bytes
 app = typer.Typer()
 
 
