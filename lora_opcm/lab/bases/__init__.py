@@ -18,6 +18,7 @@ Causal models have the loss of their completions instead, and are evaluated by l
 from transformers import AutoConfig
 
 from ..assets import AssetError
+from ..embedded import EMBEDDED
 from .causal import Causal
 from .encoder import MINILM, Encoder
 from .vision import Clip
@@ -31,8 +32,8 @@ def family(base: str) -> str:
     AssetError
         If transformers finds no config there.
     """
-    if base == MINILM:
-        return "encoder"
+    if base in EMBEDDED:
+        return EMBEDDED[base].family
     try:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:

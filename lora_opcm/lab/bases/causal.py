@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from ..assets import AssetError
+from ..embedded import place
 from ..tasks import Prompts
 
 # Every linear layer of a Llama, Mistral or Qwen block.
@@ -31,8 +32,8 @@ class Causal:
         if quantise:
             options |= {"quantization_config": quantisation(quantise, options["dtype"])}
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForCausalLM.from_pretrained(place(name), **options).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(place(name))
         except (OSError, ValueError) as error:
             raise AssetError(f"cannot load the language model {name!r}: {str(error).strip().splitlines()[0]}") from None
         if self.tokenizer.pad_token_id is None:

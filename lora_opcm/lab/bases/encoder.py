@@ -5,20 +5,17 @@ and normalised. The head is embedded once by the base model without any adapter 
 base model already has a zero-shot accuracy and a LoRA is all that training changes.
 """
 
-import hashlib
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..assets import MODEL, AssetError, fetch
+from ..assets import AssetError
+from ..embedded import place
 from ..tasks import Task
 
 MINILM = "minilm"  # the embedded default base
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_LENGTH = 64  # tokens
 SCALE = 20.0  # inverse temperature of the cosine head
 # Every linear layer of a BERT encoder, by full name: peft matches the whole string.
@@ -26,25 +23,6 @@ BERT_LINEAR = (
     r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense"
     r"|intermediate\.dense|output\.dense)"
 )
-
-
-@cache
-def base_path(base: str = MINILM) -> str:
-    """Where `base` can be loaded from: the embedded model's folder, a local folder, or a Hub name as it is.
-
-    Raises
-    ------
-    AssetError
-        If the embedded weights do not have the published sha256.
-    """
-    if base != MINILM:
-        return base
-    weights = fetch(MODEL) / "model.safetensors"
-    with open(weights, "rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != MINILM_SHA256:
-        raise AssetError(f"{weights}: sha256 is {found}, expected {MINILM_SHA256}; delete the folder and retry")
-    return str(weights.parent)
 
 
 def load_base(base: str = MINILM) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,7 +33,7 @@ def load_base(base: str = MINILM) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     AssetError
         If transformers can load neither from `base`.
     """
-    path = base_path(base)
+    path = place(base)
     logging.set_verbosity_error()  # the report of the unused pooler and a bar for 0.1 s of loading
     logging.disable_progress_bar()
     try:

@@ -1,0 +1,69 @@
+"""What each question got, in one file of JSON lines that is whole after every line.
+
+The first line names tasks, splits and sizes. Others hold, for one model, `right` (bits) and `likelihood` (float16,
+mean log likelihood per token of the answer) of the questions of its `tasks` in order, in base64.
+"""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+
+Marks = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+
+
+class Outcomes:
+    """Appends lines to a file."""
+
+    def __init__(self, path: Path, header: dict):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(header) + "\n")
+
+    def add(self, line: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def packed(marks: Marks) -> dict[str, str]:
+    """The marks of one split, task after task, as text."""
+    right = np.concatenate([right for right, _ in marks.values()])
+    score = np.concatenate([score for _, score in marks.values()])
+    score = np.nan_to_num(score, nan=-6e4, neginf=-6e4).clip(-6e4)
+    return {"right": _text(np.packbits(right)), "likelihood": _text(score.astype("<f2"))}
+
+
+def score(marks: Marks) -> float:
+    """Mean over tasks of the mean log likelihood; what scales are chosen by."""
+    found = float(np.mean([score.mean(dtype=float) for _, score in marks.values()]))
+    return found if np.isfinite(found) else -np.inf
+
+
+def accuracy(marks: Marks) -> float:
+    """Mean over tasks of the share of exact answers."""
+    return float(np.mean([right.mean() for right, _ in marks.values()]))
+
+
+def _text(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def read(path: Path) -> tuple[dict, list[dict]]:
+    """Header and lines; in these each evaluation has `right` and `likelihood` as task → array, shape=[questions].
+
+    A last line that was cut short is left out.
+    """
+    header, *lines = Path(path).read_text().splitlines(keepends=True)
+    header = json.loads(header)
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    for line in found:
+        for split in ("validation", "test"):
+            for entry in line.get(split, []):
+                sizes = [header["sizes"][split][task] for task in line["tasks"]]
+                right = np.frombuffer(base64.b64decode(entry["right"]), np.uint8)
+                right = np.unpackbits(right, count=sum(sizes)).astype(bool)
+                likelihood = np.frombuffer(base64.b64decode(entry["likelihood"]), "<f2").astype(np.float32)
+                for name, flat in (("right", right), ("likelihood", likelihood)):
+                    entry[name] = dict(zip(line["tasks"], np.split(flat, np.cumsum(sizes)[:-1])))
+    return header, found
