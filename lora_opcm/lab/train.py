@@ -53,7 +53,7 @@ def train(
     """
     kind = family(base)
     given = {"steps": steps, "batch_size": batch_size, "device_batch": device_batch}
-    options = DEFAULTS[kind] | {name: value for name, value in given.items() if value}
+    options = DEFAULTS.get(base, DEFAULTS[kind]) | {name: value for name, value in given.items() if value}
     options["evaluate_every"] = min(
         options.get("evaluate_every", PROTOCOL.evaluate_every), options.get("steps", PROTOCOL.steps)
     )

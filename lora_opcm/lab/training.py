@@ -26,13 +26,14 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from ..files.disk import replacing, write_text
 from .bases import load
 from .bases.causal import LLAMA_LINEAR, Causal
-from .bases.encoder import BERT_LINEAR, MINILM, Encoder
+from .bases.encoder import BERT_LINEAR, MINILM, MPNET_LINEAR, Encoder
 from .bases.vision import CLIP_LINEAR, Clip
 from .tasks import Prompts, Task
 
-# What differs between the families of `bases`; the rest of `Protocol` is shared.
+# What differs between the families of `bases`, or for one base by name; the rest of `Protocol` is shared.
 DEFAULTS = {
     "encoder": {},
+    "mpnet": {"target_modules": MPNET_LINEAR},
     "clip": {
         "target_modules": CLIP_LINEAR, "learning_rate": 3e-4, "batch_size": 128, "steps": 1000,
         "evaluate_every": 100,

@@ -23,6 +23,7 @@ BERT_LINEAR = (
     r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense"
     r"|intermediate\.dense|output\.dense)"
 )
+MPNET_LINEAR = r"encoder\.layer\.\d+\.(attention\.attn\.(q|k|v|o)|intermediate\.dense|output\.dense)"
 
 
 def load_base(base: str = MINILM) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -81,11 +82,12 @@ def head(task: Task, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
 class Encoder:
     """A sentence encoder as a base model; `bases` says what the methods are for."""
 
-    family, task_type, targets, scale, workers = "encoder", "FEATURE_EXTRACTION", BERT_LINEAR, SCALE, 0
+    family, task_type, scale, workers = "encoder", "FEATURE_EXTRACTION", SCALE, 0
 
     def __init__(self, name: str = MINILM):
         self.name = name
         self.model, self.tokenizer = load_base(name)
+        self.targets = MPNET_LINEAR if self.model.config.model_type == "mpnet" else BERT_LINEAR
 
     def encode(self, task: Task, split: str, limit: int | None = None) -> list[list[int]]:
         return tokenise(task[split]["text"][:limit], self.tokenizer)

