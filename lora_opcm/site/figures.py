@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from ..command.drawing import (
     BLUE,
+    CONFIG,
     GREEN,
     GREY,
     ORANGE,
@@ -26,6 +28,8 @@ __all__ = [
     "BLUE", "GREEN", "GREY", "METHOD", "ORANGE", "PURPLE", "SKY", "TEMPLATE", "VERMILION", "VIOLET", "YELLOW",
     "comparison", "finish", "slider_lines",
 ]  # fmt: skip
+
+pio.renderers["colab"].config = CONFIG  # a page of the book has the same from its figures.js
 
 METHOD = {
     "zero-shot": GREY,
