@@ -122,36 +122,36 @@
       });
     }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   };
-  // A formula in the text that is wider than its paragraph becomes a line of its own, which scrolls.
+  // A formula in the text that is wider than its paragraph becomes a line of its own, which scrolls;
+  // in a table the column grows, for the table scrolls.
   const fitFormulas = () => {
     const inline = [...document.querySelectorAll("mjx-container:not([display])")];
-    inline.forEach((m) => m.classList.remove("lo-wide"));
-    const wide = inline.filter((m) => {
-      const block = m.closest("p, li, td, dd, blockquote");
-      const unit = m.closest(".lo-unit") ?? m;  // with its full stop
-      return block && unit.getBoundingClientRect().width > block.clientWidth;
+    const units = inline.map((m) => m.closest(".lo-unit") ?? m); // with its full stop
+    units.forEach((unit) => unit.classList.remove("lo-wide", "lo-more"));
+    const wide = units.filter((unit) => {
+      const block = unit.closest("p, li, td, dd, blockquote");
+      return block && !unit.closest("td, th") && unit.getBoundingClientRect().width > block.clientWidth;
     });
-    wide.forEach((m) => m.classList.add("lo-wide"));
+    wide.forEach((unit) => unit.classList.add("lo-wide"));
+    wide.forEach(fade);
   };
+
   // A table or formula wider than its column fades at the side that goes on.
-  const WIDE = ".text_html, .pst-scrollable-table-container, div.math";
-  const fade = (box) => {
-    const more = box.scrollWidth - box.clientWidth > 1;
-    box.classList.toggle("lo-more", more && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
-  };
-  const watchTables = () => {
-    // Also when a folded answer opens.
+  const WIDE = ".text_html, .pst-scrollable-table-container, div.math, .lo-wide";
+  const fade = (box) =>
+    box.classList.toggle("lo-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  const watchWide = () => {
+    // Sizes change with the window, and when a folded answer opens.
     const sized = new ResizeObserver((entries) => entries.forEach((entry) => fade(entry.target)));
-    document.querySelectorAll(WIDE).forEach((box) => {
-      box.addEventListener("scroll", () => fade(box), { passive: true });
-      sized.observe(box);
-    });
+    document.querySelectorAll(WIDE).forEach((box) => sized.observe(box));
+    const moved = (event) => event.target.matches?.(WIDE) && fade(event.target);
+    document.addEventListener("scroll", moved, { capture: true, passive: true });
   };
 
   window.addEventListener("load", async () => {
     await window.MathJax?.startup?.promise;
     fitFormulas();
-    watchTables();
+    watchWide();
     let width = window.innerWidth;
     window.addEventListener("resize", () => {
       if (window.innerWidth === width) return;
