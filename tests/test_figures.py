@@ -43,6 +43,12 @@ def test_numbers_are_aligned_and_words_are_not():
     ] * 2
 
 
+def test_a_column_of_whole_numbers_has_no_decimals():
+    frame = pd.DataFrame({"rank": [16, None, 128], "gain": [1.0, 2.5, 3.0]})
+    cells = BeautifulSoup(figures.table(frame)._repr_html_(), "html.parser").tbody.find_all("td")
+    assert [cell.get_text() for cell in cells] == ["16", "1.0", "–", "2.5", "128", "3.0"]
+
+
 def test_a_table_has_five_columns_at_most():
     with pytest.raises(ValueError, match="6 columns, at most 5"):
         _shown()

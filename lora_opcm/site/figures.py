@@ -111,10 +111,14 @@ def table(frame: pd.DataFrame, bars: Mapping[str, tuple[str, str]] | None = None
     if len(names) + frame.index.nlevels > 5:
         raise ValueError(f"{len(names) + frame.index.nlevels} columns, at most 5: {', '.join(map(str, names))}")
 
-    def said(value) -> str:
+    def said(value, digits=digits) -> str:
         if isinstance(value, float):
             return "–" if pd.isna(value) else f"{value:.{digits}f}".replace("-", "−")
         return str(value)
+
+    def written(column) -> list[str]:
+        whole = all(isinstance(v, float) and (pd.isna(v) or v == round(v)) for v in column)  # counts, with a gap
+        return [said(value, 0 if whole else digits) for value in column]
 
     def bar(name, row) -> str:
         low, high = bars[name]
@@ -122,13 +126,13 @@ def table(frame: pd.DataFrame, bars: Mapping[str, tuple[str, str]] | None = None
         at = [100 * (row[key] - first) / ((last - first) or 1) for key in (low, name, high)]
         label = f"{said(float(row[low]))} to {said(float(row[high]))}"
         return (
-            f'<svg role="img" aria-label="{label}" width="104" height="10" viewBox="-2 0 104 10" '
+            f'<svg role="img" aria-label="{label}" width="106" height="10" viewBox="-3 0 106 10" '
             'style="margin-left:0.6em" stroke="currentColor" fill="currentColor">'
             f'<line x1="{at[0]:.1f}" x2="{at[2]:.1f}" y1="5" y2="5" stroke-width="2" opacity="0.55"/>'
             f'<circle cx="{at[1]:.1f}" cy="5" r="2.5"/></svg>'
         )
 
-    cells = {name: [said(value) for value in frame[name]] for name in names}
+    cells = {name: written(frame[name]) for name in names}
     aligned = {name for name in names if all(NUMBER.fullmatch(cell) for cell in cells[name])}
     right = ' class="lo-number" style="text-align:right"'
     head = [html.escape(str(name or "")) for name in frame.index.names]
