@@ -55,7 +55,8 @@ def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
     page = opened(name, PHONE)
     touch = page.context.new_cdp_session(page)
     stuck, covered = [], []
-    shown = "b => JSON.stringify([b._fullLayout.xaxis?.range, b._fullLayout.yaxis?.range])"
+    shown = """b => JSON.stringify(["xaxis", "yaxis"].map(key => b._fullLayout[key]).map(
+        axis => axis?.autorange ? "what the data need" : axis?.range))"""
     for i, box in enumerate(_figures(page)):
         covered += [i] * (box.locator(".modebar-btn").count() > 0)
         before = box.evaluate(shown)
@@ -147,7 +148,7 @@ def test_a_table_wider_than_its_column_shows_it(name, device, opened, tally):
     # A folded answer has no width: open all.
     page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     tables = page.evaluate("""async () => {
-        const next = () => new Promise(done => setTimeout(done, 60));
+        const next = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)));
         window.dispatchEvent(new Event("resize")); await next();
         const found = [];
         for (const table of document.querySelectorAll(".bd-article table")) {
