@@ -1,5 +1,10 @@
+import functools
+import http.server
 import os
+import shutil
+import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,54 @@ os.environ.setdefault("GEOMSTATS_BACKEND", "numpy")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores are in each other's way
     torch.set_num_threads(1)
 
-SITE_TALLY = pytest.StashKey()  # Counter of what test_site.py looked at, in this process
+SITE = Path(__file__).parent.parent / "_build" / "site"
+SITE_TALLY = pytest.StashKey()  # Counter of what the tests of the site looked at, in this process
+FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+def site_pages(*with_any):
+    """Pages of the built site that a reader is led to; with words, those that hold one of them."""
+    if not SITE.exists():
+        return ["site is not built: run make book"]
+    apart = {"search.html", "genindex.html", "index.html", "404.html"}
+    pages = [p for p in SITE.rglob("*.html") if "_static" not in p.relative_to(SITE).parts and p.name not in apart]
+    if with_any:
+        pages = [p for p in pages if any(word in p.read_text(encoding="utf8") for word in with_any)]
+    return sorted(str(p.relative_to(SITE)) for p in pages)
+
+
+@pytest.fixture(scope="module")
+def server():
+    assert (SITE / "index.html").exists(), "the site is not built: run `make book`"
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(SITE))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright  # here: the fast tests need no browser
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "no chromium found: install Debian's package chromium"
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def tally(request):
+    """What the tests of the site looked at; printed at the end."""
+    return request.config.stash[SITE_TALLY]
 
 
 def pytest_configure(config):

@@ -1,64 +1,15 @@
 """The built site in a real browser: nothing missing, nothing foreign, nothing broken."""
 
-import functools
-import http.server
-import shutil
-import threading
-from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from conftest import SITE_TALLY
-from playwright.sync_api import sync_playwright
+from conftest import SITE
+from conftest import site_pages as _pages
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
-SITE = Path(__file__).parent.parent / "_build" / "site"
 PAGE_BYTES = 3_000_000  # of one page, beside the scripts that all pages share
-FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
-
-
-def _pages():
-    if not SITE.exists():
-        return ["site is not built: run make book"]
-    return sorted(
-        str(p.relative_to(SITE))
-        for p in SITE.rglob("*.html")
-        if "_static" not in p.parts and p.name not in {"search.html", "genindex.html", "index.html", "404.html"}
-    )
-
-
-@pytest.fixture(scope="module")
-def server():
-    assert (SITE / "index.html").exists(), "the site is not built: run `make book`"
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(SITE))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "no chromium found: install Debian's package chromium"
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def tally(request):
-    """What the tests of this file looked at; conftest.py prints it at the end."""
-    return request.config.stash[SITE_TALLY]
 
 
 @pytest.fixture
@@ -93,6 +44,7 @@ def test_page(name, page, server, tally):
         drawn = ".trace path, .points path, .heatmaplayer image, .gl-container canvas, .gl-container div"
         assert figures.nth(i).locator(drawn).count() > 0, "a figure without marks"
         assert len(figures.nth(i).get_attribute("aria-label") or "") > 20, "a figure without alternative text"
+        assert figures.nth(i).locator(".modebar-btn").count() == 0, "a mode bar lies over legends and menus"
     if page.locator(".math").count():
         page.wait_for_function("() => document.querySelectorAll('.math mjx-container').length > 0")
         untypeset = (
@@ -115,7 +67,7 @@ def test_page_fits_a_phone(name, browser, server):
     cut = page.evaluate("""() => [...document.querySelectorAll("mjx-container:not([display])")].filter(m => {
         const block = m.closest("p, li, td, dd, blockquote");
         return block && m.getBoundingClientRect().right > block.getBoundingClientRect().right + 1
-            && !block.closest(".pst-scrollable-table-container");
+            && !block.closest(".pst-scrollable-table-container") && !m.closest(".lo-wide");
     }).map(m => m.parentElement.textContent)""")
     page.close()
     assert width <= 375 and cut == []
@@ -195,6 +147,20 @@ def test_every_notebook_page_opens_on_colab():
 def test_missing_page_leads_back_into_the_book():
     text = (SITE / "404.html").read_text(encoding="utf8")
     assert 'href="/lora-opcm/book/intro.html"' in text  # absolute: it is served for addresses of any depth
+
+
+@pytest.mark.parametrize("prefix", ["/lora-opcm/", "/", "/copies/of/it/"])
+def test_missing_page_finds_its_site_under_any_prefix(prefix, page):
+    def serve(route):
+        path = SITE / urlsplit(route.request.url).path.removeprefix(prefix)
+        there = urlsplit(route.request.url).path.startswith(prefix) and path.is_file()
+        route.fulfill(path=path if there else SITE / "404.html", status=200 if there else 404)
+
+    page.route("http://book.test/**", serve)
+    page.goto(f"http://book.test{prefix}book/no/such.html", wait_until="networkidle")
+    page.wait_for_function("() => getComputedStyle(document.querySelector('.bd-sidebar-primary')).display !== 'block'")
+    link = page.locator("a[href$='book/intro.html']").first.get_attribute("href")
+    assert link == f"{prefix}book/intro.html"
 
 
 def test_play_button_moves_the_figure(page, server):

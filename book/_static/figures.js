@@ -28,6 +28,10 @@
     const next = { "font.color": ink, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
     next["hoverlabel.bgcolor"] = paper;
     next["hoverlabel.font.color"] = ink;
+    (layout.updatemenus ?? []).forEach((menu, i) => {
+      next[`updatemenus[${i}].bgcolor`] = paper;
+      next[`updatemenus[${i}].bordercolor`] = line;
+    });
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis\d*$/.test(key)) {
         next[`${key}.gridcolor`] = line;
@@ -38,18 +42,63 @@
     return next;
   };
 
+  // The page scrolls wherever a finger lands: nothing zooms, whatever a figure itself says.
+  const still = (layout) => {
+    const template = layout.template?.layout ?? {};
+    const axes = Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key));
+    const fixed = Object.fromEntries(axes.map((key) => [key, { ...layout[key], fixedrange: true }]));
+    const rest = Object.fromEntries(
+      ["xaxis", "yaxis"].map((key) => [key, { ...template[key], fixedrange: true }]), // of axes the figure does not name
+    );
+    return {
+      ...layout,
+      ...fixed,
+      dragmode: false,
+      template: { ...layout.template, layout: { ...template, ...rest } },
+      ...(layout.scene && { scene: { dragmode: "turntable", ...layout.scene } }), // a mouse turns it
+    };
+  };
+
+  // plotly keeps every touch to itself, in space and on polar axes even without a drag mode. So touches reach only its
+  // controls, and a scene once its button was pressed; a tap still gives the click that shows a point's values.
+  const CONTROLS = ".slider-container, .updatemenu-container";
+  const letScroll = (box) => {
+    for (const kind of ["touchstart", "touchmove"]) {
+      box.addEventListener(
+        kind,
+        (event) => {
+          const held = box.classList.contains("lo-held") && event.target.closest(".gl-container");
+          if (!held && !event.target.closest(CONTROLS)) event.stopPropagation();
+        },
+        { capture: true, passive: true },
+      );
+    }
+    if (!box.querySelector(".gl-container canvas")) return;
+    const button = document.createElement("button");
+    button.className = "lo-turn";
+    const say = (held) => {
+      button.textContent = held ? "done turning" : "turn with a finger";
+      button.setAttribute("aria-pressed", held);
+    };
+    button.addEventListener("click", () => say(box.classList.toggle("lo-held")));
+    say(false);
+    box.after(button);
+  };
+
   async function draw(box) {
     const data = box.querySelector("script");
     if (!data) return;
     const figure = JSON.parse(data.textContent);
     data.remove();
     const Plotly = await plotly();
-    const layout = { ...figure.layout, autosize: true };
+    const layout = { ...still(figure.layout), autosize: true };
     delete layout.width;
-    const config = { responsive: true, displaylogo: false, displayModeBar: "hover", ...figure.config };
+    const hands = { displayModeBar: false, doubleClick: "reset", scrollZoom: false };
+    const config = { responsive: true, ...figure.config, ...hands };
     await Plotly.newPlot(box, { data: figure.data, layout, frames: figure.frames, config });
     const narrow = box.clientWidth < 480 ? { "font.size": 11, "yaxis.tickfont.size": 10 } : {};
     await Plotly.relayout(box, { ...themed(box._fullLayout), ...narrow });
+    letScroll(box);
     box.dataset.drawn = "true";
   }
 
@@ -73,19 +122,36 @@
       });
     }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   };
-  // A formula in the text that is wider than its paragraph becomes a line of its own, which scrolls.
+  // A formula in the text that is wider than its paragraph becomes a line of its own, which scrolls;
+  // in a table the column grows, for the table scrolls.
   const fitFormulas = () => {
     const inline = [...document.querySelectorAll("mjx-container:not([display])")];
-    inline.forEach((m) => m.classList.remove("lo-wide"));
-    const wide = inline.filter((m) => {
-      const block = m.closest("p, li, td, dd, blockquote");
-      return block && m.getBoundingClientRect().width > block.clientWidth;
+    const units = inline.map((m) => m.closest(".lo-unit") ?? m); // with its full stop
+    units.forEach((unit) => unit.classList.remove("lo-wide", "lo-more"));
+    const wide = units.filter((unit) => {
+      const block = unit.closest("p, li, td, dd, blockquote");
+      return block && !unit.closest("td, th") && unit.getBoundingClientRect().width > block.clientWidth;
     });
-    wide.forEach((m) => m.classList.add("lo-wide"));
+    wide.forEach((unit) => unit.classList.add("lo-wide"));
+    wide.forEach(fade);
   };
+
+  // A table or formula wider than its column fades at the side that goes on.
+  const WIDE = ".text_html, .pst-scrollable-table-container, div.math, .lo-wide";
+  const fade = (box) =>
+    box.classList.toggle("lo-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  const watchWide = () => {
+    // Sizes change with the window, and when a folded answer opens.
+    const sized = new ResizeObserver((entries) => entries.forEach((entry) => fade(entry.target)));
+    document.querySelectorAll(WIDE).forEach((box) => sized.observe(box));
+    const moved = (event) => event.target.matches?.(WIDE) && fade(event.target);
+    document.addEventListener("scroll", moved, { capture: true, passive: true });
+  };
+
   window.addEventListener("load", async () => {
     await window.MathJax?.startup?.promise;
     fitFormulas();
+    watchWide();
     let width = window.innerWidth;
     window.addEventListener("resize", () => {
       if (window.innerWidth === width) return;

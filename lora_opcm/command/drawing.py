@@ -18,13 +18,17 @@ pio.templates["book"] = go.layout.Template(
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 60, "r": 20, "t": 30, "b": 50},
+        "dragmode": False,  # a finger that lands on a figure scrolls the page
         "hoverlabel": {"font": {"family": "system-ui, sans-serif"}},
-        "xaxis": {"showline": True, "ticks": "outside", "automargin": True, "gridcolor": "#ccc"},
-        "yaxis": {"showline": False, "automargin": True, "gridcolor": "#ccc"},
+        "xaxis": {"showline": True, "ticks": "outside", "automargin": True, "gridcolor": "#ccc", "fixedrange": True},
+        "yaxis": {"showline": False, "automargin": True, "gridcolor": "#ccc", "fixedrange": True},
+        "scene": {"dragmode": "turntable"},
+        "updatemenudefaults": {"bgcolor": "white", "bordercolor": "#ccc"},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
     }
 )
 TEMPLATE = pio.templates["book"]
+CONFIG = {"displayModeBar": False, "doubleClick": "reset", "scrollZoom": False}  # for who shows a figure
 
 
 def finish(figure: go.Figure, alt: str, height: int = 420, **layout) -> go.Figure:

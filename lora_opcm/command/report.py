@@ -60,7 +60,10 @@ def write_report(path: Path, names: Sequence[str], tables: Tables, k: int, l: in
                 " meaning.",
             )
         )
-    drawn = [pio.to_html(figure, include_plotlyjs=i == 0, full_html=False) for i, (_, figure, _) in enumerate(parts)]
+    drawn = [
+        pio.to_html(figure, drawing.CONFIG, include_plotlyjs=i == 0, full_html=False)
+        for i, (_, figure, _) in enumerate(parts)
+    ]
     text = PAGE.substitute(
         count=len(names),
         names=html.escape(", ".join(names)),

@@ -1,0 +1,71 @@
+"""The book's tables and colours."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from lora_opcm.site import figures
+
+RESULTS = Path(__file__).parents[1] / "data" / "results"
+FRAME = pd.DataFrame(
+    {
+        "gain %": [79.84, -2.0], "low": [73.9, -4.0], "high": [85.4, 96.0],
+        "scale": [0.3, float("nan")], "sees": ["one", "<all>"],
+    },
+    index=pd.Index(["whitened sum", "A & B"], name="method"),
+)  # fmt: skip
+
+
+def _shown(**options):
+    return BeautifulSoup(figures.table(FRAME, **options)._repr_html_(), "html.parser").table
+
+
+def test_an_interval_is_a_bar_on_the_scale_of_its_column():
+    table = _shown(bars={"gain %": ("low", "high")})
+    assert [h.get_text() for h in table.thead.find_all("th")] == ["method", "gain %", "scale", "sees"]
+    bars = table.find_all("svg")
+    assert [bar["aria-label"] for bar in bars] == ["73.9 to 85.4", "−4.0 to 96.0"]
+    assert [float(bars[1].line[end]) for end in ("x1", "x2")] == [0, 100]
+    assert float(bars[0].circle["cx"]) == pytest.approx(83.8, abs=0.1)
+    assert float(bars[0].line["x1"]) == pytest.approx(77.9, abs=0.1)
+
+
+def test_numbers_are_aligned_and_words_are_not():
+    rows = _shown(bars={"gain %": ("low", "high")}).tbody.find_all("tr")
+    assert [[cell.get_text() for cell in row.find_all("td")] for row in rows] == [
+        ["79.8", "0.3", "one"],
+        ["−2.0", "–", "<all>"],
+    ]
+    assert [["lo-number" in cell.get("class", []) for cell in row.find_all("td")] for row in rows] == [
+        [True, True, False]
+    ] * 2
+
+
+def test_a_column_of_whole_numbers_has_no_decimals():
+    frame = pd.DataFrame({"rank": [16, None, 128], "gain": [1.0, 2.5, 3.0]})
+    cells = BeautifulSoup(figures.table(frame)._repr_html_(), "html.parser").tbody.find_all("td")
+    assert [cell.get_text() for cell in cells] == ["16", "1.0", "–", "2.5", "128", "3.0"]
+
+
+def test_a_table_has_five_columns_at_most():
+    with pytest.raises(ValueError, match="6 columns, at most 5"):
+        _shown()
+
+
+def test_every_task_and_every_published_method_has_a_colour():
+    rows = pd.read_csv(RESULTS / "bake_off.csv")
+    assert set(rows.task) - {"mean"} == set(figures.TASK)
+    assert set(rows.method) <= set(figures.METHOD)
+
+
+@pytest.mark.parametrize(
+    "label, name", [("sci", "ng-sci"), ("rare", "reuters-rare"), ("TSV, scale 0.5", "TSV"), ("tweets", "tweets")]
+)
+def test_a_shortened_name_has_the_colour_of_the_whole(label, name):
+    assert figures.colour(label) == (figures.TASK | figures.METHOD)[name]
+
+
+def test_an_unknown_name_is_grey():
+    assert figures.colour("nobody") == figures.GREY

@@ -1,0 +1,185 @@
+"""Figures, menus, formulas and tables, each kind on every page, under a thumb and under a mouse."""
+
+import pytest
+from conftest import SITE, site_pages
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+DESKTOP = {"viewport": {"width": 1440, "height": 900}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+DEVICES = pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
+THEMES = pytest.mark.parametrize("theme", ["light", "dark"])
+CONTROLS = ".slider-container, .updatemenu-container"  # what a finger on a figure is meant for
+
+
+@pytest.fixture
+def opened(browser, server):
+    """Opens a page of the site on a device, with every formula set."""
+    contexts = []
+
+    def opened(name, device, theme="light"):
+        contexts.append(browser.new_context(**device, color_scheme=theme))
+        page = contexts[-1].new_page()
+        page.goto(f"{server}/{name}", wait_until="networkidle")
+        page.wait_for_function("() => [...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-math'))")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def _figures(page):
+    """The figures of a page, one after the other, each drawn and in the middle of the screen."""
+    boxes = page.locator(".lo-figure")
+    for i in range(boxes.count()):
+        boxes.nth(i).evaluate("box => box.scrollIntoView({block: 'center', behavior: 'instant'})")
+        page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
+        yield boxes.nth(i)
+
+
+def _swipe(page, touch, x, y, up=160):
+    """How far the page went after a finger went up by 160 px."""
+    before = page.evaluate("window.scrollY")
+    touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
+    for step in range(1, 9):
+        point = {"x": x, "y": y - up * step / 8}
+        touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return page.evaluate("window.scrollY") - before
+
+
+@pytest.mark.parametrize("name", site_pages('class="lo-figure"'))
+def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
+    """And no mode bar, which on a touch screen is always there, lies over the figure."""
+    page = opened(name, PHONE)
+    touch = page.context.new_cdp_session(page)
+    stuck, covered = [], []
+    shown = """b => JSON.stringify(["xaxis", "yaxis"].map(key => b._fullLayout[key]).map(
+        axis => axis?.autorange ? "what the data need" : axis?.range))"""
+    for i, box in enumerate(_figures(page)):
+        covered += [i] * (box.locator(".modebar-btn").count() > 0)
+        before = box.evaluate(shown)
+        for across, down in [(0.5, 0.5), (0.2, 0.35), (0.8, 0.65), (0.02, 0.5)]:
+            box.evaluate("box => box.scrollIntoView({block: 'center', behavior: 'instant'})")
+            at = box.bounding_box()
+            x, y = at["x"] + across * at["width"], at["y"] + down * at["height"]
+            if page.evaluate(f"([x, y]) => !document.elementFromPoint(x, y)?.closest('{CONTROLS}')", [x, y]):
+                tally["swipes"] += 1
+                if _swipe(page, touch, x, y) < 80:
+                    stuck.append((i, across, down))
+        if box.evaluate(shown) != before:
+            stuck.append((i, "zoomed"))
+    assert stuck == [] and covered == []
+
+
+@pytest.mark.parametrize("name", site_pages('"scene":'))
+def test_a_finger_turns_space_once_asked_to(name, opened):
+    page = opened(name, PHONE)
+    touch = page.context.new_cdp_session(page)
+    for box in _figures(page):
+        if not box.locator(".gl-container canvas").count():
+            continue
+        camera = "b => JSON.stringify(b._fullLayout.scene._scene.getCamera().eye)"
+        before = box.evaluate(camera)
+        box.locator("+ .lo-turn").tap()
+        at = box.locator(".gl-container canvas").bounding_box()
+        middle = (at["x"] + at["width"] / 2, at["y"] + at["height"] / 2)
+        assert abs(_swipe(page, touch, *middle)) < 5
+        page.wait_for_timeout(300)
+        assert box.evaluate(camera) != before
+        box.locator("+ .lo-turn").tap()
+        assert _swipe(page, touch, *middle) >= 80
+
+
+@THEMES
+@pytest.mark.parametrize("name", site_pages('"updatemenus":'))
+def test_menus_have_an_opaque_ground(name, theme, opened, tally):
+    page = opened(name, DESKTOP, theme)
+    for box in _figures(page):
+        for header in box.locator(".updatemenu-header").all():
+            header.click()
+        for item in box.locator(".updatemenu-item-rect").all():
+            tally["menu items"] += 1
+            ground, ink = item.evaluate("""r => [getComputedStyle(r),
+                getComputedStyle(r.parentElement.querySelector("text"))].map(s => s.fill)""")
+            assert item.evaluate("r => getComputedStyle(r).fillOpacity") == "1" and _alpha(ground) == 1, ground
+            assert _contrast(ground, ink) >= 4.5, (ground, ink)
+
+
+def _numbers(colour):
+    return [float(n) for n in colour[colour.index("(") + 1 : -1].replace("/", ",").split(",")]
+
+
+def _alpha(colour):
+    return (*_numbers(colour), 1.0)[3]
+
+
+def _contrast(one, other):
+    """As WCAG has it."""
+
+    def luminance(colour):
+        parts = [c / 255 for c in _numbers(colour)[:3]]
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@DEVICES
+@pytest.mark.parametrize("name", site_pages('class="math'))
+def test_formulas_open_at_their_left_end(name, device, opened):
+    page = opened(name, device)
+    cut = page.evaluate("""() => [...document.querySelectorAll("div.math")].filter(box => {
+        const left = box.querySelector("mjx-math").getBoundingClientRect().left;
+        for (let e = box.querySelector("mjx-container"); !e.matches(".bd-article"); e = e.parentElement) {
+            if (left < e.getBoundingClientRect().left - 1) return true;
+        }
+    }).map(box => box.textContent)""")
+    assert cut == []
+
+
+@DEVICES
+@pytest.mark.parametrize("name", site_pages("<table"))
+def test_a_table_wider_than_its_column_shows_it(name, device, opened, tally):
+    """It fades at the side that goes on, and its first column stays in sight."""
+    page = opened(name, device)
+    # A folded answer has no width: open all.
+    page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
+    tables = page.evaluate("""async () => {
+        const next = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)));
+        window.dispatchEvent(new Event("resize")); await next();
+        const found = [];
+        for (const table of document.querySelectorAll(".bd-article table")) {
+            const box = table.closest(".text_html, .pst-scrollable-table-container");
+            if (!box) continue;  // an index
+            const spans = table.querySelector("tbody [rowspan]");  // there, only some rows have the first column
+            if (table.getBoundingClientRect().width <= box.clientWidth + 1) { found.push("fits"); continue; }
+            const faded = () => getComputedStyle(box).maskImage;
+            const start = faded(), cell = table.rows[spans ? 0 : table.rows.length - 1].cells[0];
+            box.scrollLeft = 60; await next();
+            const stays = Math.abs(cell.getBoundingClientRect().left - box.getBoundingClientRect().left) < 2;
+            const ground = getComputedStyle(cell).backgroundColor;
+            box.scrollLeft = 1e5; await next();
+            const narrow = cell.getBoundingClientRect().width < 0.6 * box.clientWidth;
+            const solid = !ground.startsWith("rgba");
+            const good = start !== "none" && faded() === "none" && stays && solid && narrow;
+            found.push(good ? "shown" : `${table.rows[0].textContent.trim().replace(/\\s+/g, " ")}: fade ${start} ` +
+                `at the end ${faded()}, stays ${stays}, solid ${solid}, narrow ${narrow}`);
+            box.scrollLeft = 0;
+        }
+        return found;
+    }""")
+    tally["tables"] += len(tables)
+    assert [t for t in tables if t not in ("fits", "shown")] == []
+
+
+def test_tables_have_no_row_for_the_name_of_their_index():
+    """pandas writes it below the header, in a row of otherwise empty cells."""
+    from bs4 import BeautifulSoup
+
+    for name in site_pages("<thead"):
+        for head in BeautifulSoup((SITE / name).read_text(encoding="utf8"), "html.parser").find_all("thead"):
+            last = [cell.get_text(strip=True) for cell in head.find_all("tr")[-1].find_all("th")]
+            assert len(last) == 1 or any(last[len(last) // 2 :]), (name, last)
