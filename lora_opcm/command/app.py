@@ -108,8 +108,9 @@ def compare(
         }
     size = f"leading {k} directions" if k == l else f"leading {k} directions of the first and {l} of the second"
     means = "" if modules else ", means over modules"
+    spread = "" if modules else ", z counts standard deviations from it"
     rows = compared(names, tables, modules, [len(adapter) for adapter in loaded])
-    show(rows, as_json, f"{size}{means}; 1 × chance is what unrelated adapters show")
+    show(rows, as_json, f"{size}{means}; 1 × chance is what unrelated adapters show{spread}")
     if html:
         from .report import write_report
 

@@ -60,6 +60,8 @@ def compared(
     names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"], modules: bool, sizes: Sequence[int]
 ) -> list[dict]:
     """One row a pair (or a module of a pair), from the `similarity` of each; `sizes`: modules of each adapter."""
+    from ..geometry import pooled
+
     rows = []
     for (i, j), table in tables.items():
         pair = {"pair": f"{names[i]} + {names[j]}"}
@@ -74,4 +76,7 @@ def compared(
                 "× chance ": float((part.phi_right / part.null_right).mean()),
                 "smallest angle, °": float(angles.min().min() * DEGREES),
             })  # fmt: skip
+            if not modules:
+                z = pooled(table).z
+                rows[-1] |= {"z outputs": float(z.left), "z inputs": float(z.right)}
     return rows
