@@ -99,7 +99,8 @@ def _leading(x: Update, k: int | None, side: str, name: str, letter: str) -> Ten
 def gap(singular_values: Tensor, k: int) -> float:
     """(σ_k − σ_{k+1}) / σ_k, in [0, 1]: 0 where k cuts through a tie, 1 where σ_k is the last one.
 
-    A change E of the update turns its k leading directions by an angle of sine at most ‖E‖ / (σ_k − σ_{k+1} − ‖E‖), spectral norms (Wedin 1972).
+    A change E of the update turns its k leading directions by an angle of sine at most ‖E‖ / (σ_k − σ_{k+1} − ‖E‖),
+    in spectral norms (Wedin 1972).
     """
     here = float(singular_values[k - 1])
     return 1 - float(singular_values[k]) / here if k < len(singular_values) else 1.0
