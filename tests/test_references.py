@@ -203,7 +203,7 @@ def test_karcher_mean_of_unrelated_adapters_is_stationary():
 
 
 def test_means_of_subspaces_warn_where_nearly_nothing_of_the_sum_is_left():
-    """X and −X turned by 80° cancel seen through the bisectors, at φ = cos² 40° to both; with less cancelled, no word."""
+    """X and −X turned by 80° cancel seen through the bisectors, at φ = cos² 40° to both; X and its turn do not."""
     g = torch.Generator().manual_seed(2)
     u, v = (torch.linalg.qr(torch.randn(20, 6, generator=g, dtype=torch.float64))[0] for _ in "uv")
     t, s = torch.tensor(80.0).deg2rad().double(), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
@@ -216,7 +216,9 @@ def test_means_of_subspaces_warn_where_nearly_nothing_of_the_sum_is_left():
                 merged = lo.merge(pair, method)
             assert any("less than 1 % of the sum" in str(w.message) for w in said) == (sign < 0)
             assert (merged.norm() < 1e-6) == (sign < 0)
-    assert float(lo.phi(lo.geometry.chordal_mean([u[:, :3], p]), p)) == pytest.approx(torch.tensor(40.0).deg2rad().cos() ** 2)
+    assert float(lo.phi(lo.geometry.chordal_mean([u[:, :3], p]), p)) == pytest.approx(
+        torch.tensor(40.0).deg2rad().cos() ** 2
+    )
 
 
 @pytest.mark.parametrize("k", [None, 2])

@@ -214,6 +214,13 @@ def test_compare_is_a_mean_over_modules(said, abc, k, l):
                 "z inputs": (t.phi_right - t.null_right).sum() / np.sqrt((t.std_right**2).sum()),
             }.items()
         }
+    for (x, y), row in zip(PAIRS, rows):
+        t = pd.DataFrame([by_svd(abc[x][n], abc[y][n], k, l or k) for n in SHAPES])
+        std = np.sqrt((t.std_right**2).sum()) / 2
+        line = (
+            f"inputs {t.phi_right.mean():.4f}, chance {t.null_right.mean():.4f} ± {std:.4f} (z = {row['z inputs']:.1f})"
+        )
+        assert line in said(*words).out
     said_so = f"leading {k} directions" + (f" of the first and {l} of the second" if l else "")
     assert f"{said_so}, means over modules; 1 × chance" in said(*words).out.replace("\n", " ")
 
