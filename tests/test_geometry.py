@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import warnings
 from functools import partial
 
 import pytest
@@ -771,6 +772,24 @@ def test_karcher_mean_warns_when_it_stops_early():
     _, frames = cluster(8, 2, 3, torch.Generator().manual_seed(1), 0.7)
     with pytest.warns(UserWarning, match="karcher_mean: gradient .* after 1 steps"):
         gr.karcher_mean(frames, [3, 1, 1], max_iter=1)
+
+
+def test_karcher_mean_with_more_starts_is_never_higher_and_far_frames_warn():
+    gen = torch.Generator().manual_seed(10)
+    frames = [gr.random_frame(40, 3, generator=gen, dtype=torch.float64) for _ in range(5)]
+    costs = []
+    for starts in (1, 3, 6):
+        with pytest.warns(UserWarning, match="karcher_mean: frames lie further than π/4"):
+            mean = gr.karcher_mean(frames, tol=1e-6, starts=starts)
+        costs.append(float(sum(gr.geodesic_distance(mean, V) ** 2 for V in frames)))
+    assert costs[0] > costs[1] + 0.1 and costs[1] >= costs[2] - 1e-9
+    for starts in (0, 7):
+        with pytest.raises(ValueError, match=f"1 <= starts <= 6, .* got {starts}"):
+            gr.karcher_mean(frames, starts=starts)
+    near = cluster(12, 3, 4, gen, 0.7)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same_span(gr.karcher_mean(near), gr.karcher_mean(near, starts=5), 1e-10)
 
 
 # --- kernels --------------------------------------------------------------------------------------------

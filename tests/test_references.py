@@ -3,6 +3,8 @@
 A rule held against itself, in another order or dtype, passes whatever it computes.
 """
 
+import warnings
+
 import pytest
 import torch
 from dense_rules import (
@@ -247,6 +249,25 @@ def test_karcher_mean_of_unrelated_adapters_is_stationary():
             assert sum(x.norm() ** 2 for x in logs) < sum(log(other, svd(d)[side]).norm() ** 2 for d in ds)
         u, _, v = frames[0]
         assert error(merged.modules[name], span(u) @ sum(ds) @ span(v)) < 1e-9
+
+
+def test_means_of_subspaces_warn_where_nearly_nothing_of_the_sum_is_left():
+    """X and −X turned by 80° cancel seen through the bisectors, at φ = cos² 40° to both; X and its turn do not."""
+    g = torch.Generator().manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(20, 6, generator=g, dtype=torch.float64))[0] for _ in "uv")
+    t, s = torch.tensor(80.0).deg2rad().double(), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    x, (p, q) = (u[:, :3], v[:, :3]), (t.cos() * z[:, :3] + t.sin() * z[:, 3:] for z in (u, v))
+    for method in ("chordal_mean", "karcher_mean"):
+        for sign in (-1, 1):
+            pair = [lo.Adapter({"w": lo.LowRank(a * s * c, b.mT)}) for (a, b), c in ((x, 1), ((p, q), sign))]
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                merged = lo.merge(pair, method)
+            assert any("less than 1 % of the sum" in str(w.message) for w in said) == (sign < 0)
+            assert (merged.norm() < 1e-6) == (sign < 0)
+    assert float(lo.phi(lo.geometry.chordal_mean([u[:, :3], p]), p)) == pytest.approx(
+        torch.tensor(40.0).deg2rad().cos() ** 2
+    )
 
 
 @pytest.mark.parametrize("k", [None, 2])

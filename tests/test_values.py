@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -47,11 +48,14 @@ def by_svd(x, y, k, l):
     row = {
         "norm_a": np.linalg.norm(x), "norm_b": np.linalg.norm(y),
         "energy_a": (sx[:k] ** 2).sum() / (x**2).sum(), "energy_b": (sy[:l] ** 2).sum() / (y**2).sum(),
+        "gap_a": 1 - (*sx, 0)[k] / sx[k - 1], "gap_b": 1 - (*sy, 0)[l] / sy[l - 1],
         "cosine": (x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()),
     }  # fmt: skip
     for side, p, q in (("left", ux[:, :k], uy[:, :l]), ("right", vx[:k].T, vy[:l].T)):
         row[f"phi_{side}"] = ((p.T @ q) ** 2).sum() / min(k, l)
-        row[f"null_{side}"] = max(k, l) / len(p)
+        n = len(p)
+        row[f"null_{side}"] = max(k, l) / n
+        row[f"std_{side}"] = np.sqrt(2 * k * l * (n - k) * (n - l) / (n**2 * (n - 1) * (n + 2))) / min(k, l)
         row[f"angle_{side}"] = subspace_angles(p, q).min()  # scipy lists them from the largest
     return row
 
@@ -94,7 +98,38 @@ def test_a_zero_update_has_a_norm_and_nothing_else():
     some, none = (lo.Adapter({"w": lo.LowRank(x * left, right)}) for x in (1.0, 0.0))
     row = lo.similarity(none, some, 1, 2).loc["w"]
     assert row.norm_a == 0 and row.norm_b == pytest.approx(float((left @ right).norm())) and row.energy_b == 1
-    assert row.drop(["norm_a", "norm_b", "energy_b"]).isna().all()
+    assert row.drop(["norm_a", "norm_b", "energy_b", "gap_b"]).isna().all() and row.gap_b == 1
+
+
+def test_pooled_modules_show_what_none_shows_alone(abc, tmp_path):
+    a, b = (lo.load_adapter(tmp_path / name) for name in "ab")
+    table, line = lo.similarity(a, b, 2, 3), lo.geometry.pooled(lo.similarity(a, b, 2, 3))
+    for side in ("left", "right"):
+        std = np.sqrt((table[f"std_{side}"] ** 2).sum()) / 2  # of a mean over two modules
+        expected = [table[f"phi_{side}"].mean(), table[f"null_{side}"].mean(), std]
+        assert list(line.loc[side, ["phi", "null", "std"]]) == pytest.approx(expected)
+        assert line.loc[side, "z"] == pytest.approx((expected[0] - expected[1]) / std)
+    rng, zs = np.random.default_rng(3), []
+    for _ in range(40):
+        x, y = (
+            lo.Adapter({str(i): lo.LowRank(*map(torch.as_tensor, pair)) for i, pair in enumerate(drawn)})
+            for drawn in ([[rng.normal(size=(20, 4)), rng.normal(size=(4, 16))] for _ in range(6)] for _ in "xy")
+        )
+        zs += list(lo.geometry.pooled(lo.similarity(x, y, 2, 3)).z)
+    assert abs(np.mean(zs)) < 4 / np.sqrt(80) and 0.7 < np.std(zs) < 1.3
+
+
+def test_leading_directions_across_a_tie_are_warned_of():
+    s = torch.tensor([2.0, 1.0, 1.0 - 1e-4, 0.5], dtype=torch.float64)
+    x = lo.LowRank(torch.eye(6, 4).double() * s, torch.eye(4, 5).double())
+    with pytest.warns(UserWarning, match="phi: σ_2 and σ_3 tie, which 2 directions lead"):
+        lo.phi(x, x, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k, l in ((1, 1), (3, 3), (4, None), (None, None)):
+            lo.phi(x, x, k, l)
+    row = lo.similarity(*[lo.Adapter({"w": x})] * 2, 2, 4).loc["w"]
+    assert [row.gap_a, row.gap_b] == pytest.approx([1e-4, 1])
 
 
 # -- inspect -------------------------------------------------------------------------------------------------
@@ -175,8 +210,17 @@ def test_compare_is_a_mean_over_modules(said, abc, k, l):
                 "φ inputs": t.phi_right.mean(),
                 "× chance ": ratio["right"],
                 "smallest angle, °": math.degrees(min(t.angle_left.min(), t.angle_right.min())),
+                "z outputs": (t.phi_left - t.null_left).sum() / np.sqrt((t.std_left**2).sum()),
+                "z inputs": (t.phi_right - t.null_right).sum() / np.sqrt((t.std_right**2).sum()),
             }.items()
         }
+    for (x, y), row in zip(PAIRS, rows):
+        t = pd.DataFrame([by_svd(abc[x][n], abc[y][n], k, l or k) for n in SHAPES])
+        std = np.sqrt((t.std_right**2).sum()) / 2
+        line = (
+            f"inputs {t.phi_right.mean():.4f}, chance {t.null_right.mean():.4f} ± {std:.4f} (z = {row['z inputs']:.1f})"
+        )
+        assert line in said(*words).out
     said_so = f"leading {k} directions" + (f" of the first and {l} of the second" if l else "")
     assert f"{said_so}, means over modules; 1 × chance" in said(*words).out.replace("\n", " ")
 

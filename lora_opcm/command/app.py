@@ -97,7 +97,7 @@ def compare(
         raise ValueError(f"{html}: exists already; --overwrite replaces it")
     from ..files import load_adapter, matched
     from ..geometry import similarity
-    from .tables import compared
+    from .tables import against_chance, compared
 
     names, l = [p.name for p in adapters], l or k
     with Steps() as steps:
@@ -108,8 +108,12 @@ def compare(
         }
     size = f"leading {k} directions" if k == l else f"leading {k} directions of the first and {l} of the second"
     means = "" if modules else ", means over modules"
+    spread = "" if modules else ", z counts standard deviations from it"
     rows = compared(names, tables, modules, [len(adapter) for adapter in loaded])
-    show(rows, as_json, f"{size}{means}; 1 × chance is what unrelated adapters show")
+    show(rows, as_json, f"{size}{means}; 1 × chance is what unrelated adapters show{spread}")
+    if not (modules or as_json):
+        for line in against_chance(names, tables):
+            say(line)
     if html:
         from .report import write_report
 

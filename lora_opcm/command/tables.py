@@ -56,10 +56,26 @@ def _row(name: str, update: LowRank) -> dict:
     }
 
 
+def against_chance(names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"]) -> list[str]:
+    """A line a pair: mean φ over the modules beside its null, ± the standard deviation of the mean, and z."""
+    from ..geometry import pooled
+
+    lines = []
+    for (i, j), table in tables.items():
+        sides = [
+            f"φ of {word} {t['phi']:.4f}, chance {t['null']:.4f} ± {t['std']:.4f} (z = {t['z']:.1f})"
+            for word, (_, t) in zip(("outputs", "inputs"), pooled(table).iterrows(), strict=True)
+        ]
+        lines.append(f"{names[i]} + {names[j]}: {'; '.join(sides)}")
+    return lines
+
+
 def compared(
     names: Sequence[str], tables: Mapping[tuple[int, int], "pandas.DataFrame"], modules: bool, sizes: Sequence[int]
 ) -> list[dict]:
     """One row a pair (or a module of a pair), from the `similarity` of each; `sizes`: modules of each adapter."""
+    from ..geometry import pooled
+
     rows = []
     for (i, j), table in tables.items():
         pair = {"pair": f"{names[i]} + {names[j]}"}
@@ -74,4 +90,7 @@ def compared(
                 "× chance ": float((part.phi_right / part.null_right).mean()),
                 "smallest angle, °": float(angles.min().min() * DEGREES),
             })  # fmt: skip
+            if not modules:
+                z = pooled(table).z
+                rows[-1] |= {"z outputs": float(z.left), "z inputs": float(z.right)}
     return rows

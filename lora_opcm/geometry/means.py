@@ -1,10 +1,12 @@
 """Means of subspaces: chordal in closed form, Karcher by iteration, and the ascent that lands on the first."""
 
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from .angles import geodesic_distance
 from .frames import Frames, Weights, collect64, frame64, random_frame
 from .geodesics import exp, log, tangent
 
@@ -27,23 +29,40 @@ def chordal_mean(frames: Frames, weights: Weights = None, k: int | None = None) 
     return X[:, :k].to(dtype)
 
 
-def karcher_mean(frames: Frames, weights: Weights = None, tol: float = 1e-12, max_iter: int = 1000) -> Tensor:
+def karcher_mean(
+    frames: Frames, weights: Weights = None, tol: float = 1e-12, max_iter: int = 1000, starts: int = 1
+) -> Tensor:
     """Frame, shape=[n, k], where Σ wᵢ geodesic_distance(U, Uᵢ)² is stationary, by U ← exp(U, Σ wᵢ log(U, Uᵢ)).
 
-    Starts at the chordal mean; done when ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1), and
-    warns if max_iter steps do not reach that. Frames of one dimension. Unique if they lie in a ball of radius
-    π/4 (Afsari 2011); beyond it there may be several stationary points, and this need not be the lowest.
+    Starts at the chordal mean, with starts > 1 also at the first frames, and returns the lowest end. Done when
+    ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1); warns if max_iter steps do not reach that. Frames
+    of one dimension. Unique if they lie in a ball of radius π/4 (Afsari 2011); beyond it there may be several
+    stationary points, this need not be the lowest, and more than two frames further than π/4 from it warn.
     """
     frames, w, _, dtype = collect64(frames, weights, None)
-    U, stack = chordal_mean(frames, w), torch.stack(list(frames))  # (n, k), (T, n, k)
-    share = torch.tensor(w, dtype=U.dtype, device=U.device) / sum(w)
+    if not 1 <= starts <= len(frames) + 1:
+        raise ValueError(f"expected 1 <= starts <= {len(frames) + 1}, the chordal mean and the frames, got {starts}")
+    stack = torch.stack(list(frames))  # (T, n, k)
+    share = torch.tensor(w, dtype=stack.dtype, device=stack.device) / sum(w)
+    ends = [_karcher(U, stack, share, tol, max_iter) for U in [chordal_mean(frames, w), *frames][:starts]]
+    costs = [float((share * geodesic_distance(U, stack).square()).sum()) for U, _ in ends]
+    U, gradient = ends[costs.index(min(costs))]
+    if gradient > tol:
+        warnings.warn(f"karcher_mean: gradient {gradient:.1e} > {tol:.1e} after {max_iter} steps", stacklevel=2)
+    if len(frames) > 2 and geodesic_distance(U, stack[share > 0]).max() > math.pi / 4:
+        text = "karcher_mean: frames lie further than π/4 from it, other starts may end elsewhere (starts=…)"
+        warnings.warn(text, stacklevel=2)
+    return U.to(dtype)
+
+
+def _karcher(U: Tensor, stack: Tensor, share: Tensor, tol: float, max_iter: int) -> tuple[Tensor, float]:
+    """Where the iteration from U ends, shape=[n, k], and the gradient there."""
     for _ in range(max_iter):
         H = (share[:, None, None] * log(U, stack)).sum(0)
         if H.norm() <= tol:
-            return U.to(dtype)
+            break
         U = exp(U, H)
-    warnings.warn(f"karcher_mean: gradient {H.norm():.1e} > {tol:.1e} after {max_iter} steps", stacklevel=2)
-    return U.to(dtype)
+    return U, float(H.norm())
 
 
 def ascend_phi(

@@ -1,6 +1,7 @@
 """How much two updates overlap: φ beside its null, module by module for two adapters."""
 
 import math
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 Update = LowRank | Tensor  # or a frame, shape=[..., n, k]
 
 # The columns of `similarity`
-SIDES = [f"{what}_{side}" for side in ("left", "right") for what in ("phi", "null", "p", "angle")]
-COLUMNS = ["cosine", "norm_a", "norm_b", "energy_a", "energy_b", *SIDES]
+SIDES = [f"{what}_{side}" for side in ("left", "right") for what in ("phi", "null", "std", "p", "angle")]
+COLUMNS = ["cosine", "norm_a", "norm_b", "energy_a", "energy_b", "gap_a", "gap_b", *SIDES]
+TIE = 1e-3  # of σ_k: about what half-precision files round away
 
 
 def phi(x: Update, y: Update, k: int | None = None, l: int | None = None, side: str = "left") -> Tensor:
@@ -27,8 +29,9 @@ def phi(x: Update, y: Update, k: int | None = None, l: int | None = None, side: 
 
     x, y: a LowRank, or a frame, shape=[..., n, k]. From a LowRank come its k (l for y) leading left singular
     vectors, or right ones for side="right"; from a frame its first k columns, whatever the side. None takes
-    all. Where σ_k = σ_{k+1} the update does not determine its k leading vectors. Read φ beside `phi_null`.
-    Raises ValueError for more directions than there are, a zero update, unequal n, or another side.
+    all. For k = l = r it depends on the two subspaces alone; for fewer directions on which ones lead, and where
+    σ_k = σ_{k+1} the update does not say that: warns if σ_k exceeds σ_{k+1} by less than 0.1 %. Read φ beside
+    `phi_null`. Raises ValueError for more directions than there are, a zero update, unequal n, or another side.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side must be 'left' or 'right', got {side!r}")
@@ -81,14 +84,26 @@ def phi_pvalue(value: Tensor | float, n: int, k: int, l: int) -> Tensor:
 def _leading(x: Update, k: int | None, side: str, name: str, letter: str) -> Tensor:
     """The k leading directions of a LowRank or frame as columns, shape=[..., n, k]."""
     if isinstance(x, LowRank):
-        U, _, Vh = x.svd()
+        U, S, Vh = x.svd()
         x = U if side == "left" else Vh.mT
+        if k is not None and 0 < k < len(S) and gap(S, k) < TIE:
+            warnings.warn(f"phi: σ_{k} and σ_{k + 1} tie, which {k} directions lead is not determined", stacklevel=3)
         if x.shape[-1] == 0:
             raise ValueError(f"{name} is a zero update: it has no directions, φ is undefined")
     available = frame64(x).shape[-1]
     if k is not None and not 1 <= k <= available:
         raise ValueError(f"expected 1 <= {letter} <= {available}, the directions of {name}, got {letter}={k}")
     return x[..., :k]
+
+
+def gap(singular_values: Tensor, k: int) -> float:
+    """(σ_k − σ_{k+1}) / σ_k, in [0, 1]: 0 where k cuts through a tie, 1 where σ_k is the last one.
+
+    A change E of the update turns its k leading directions by an angle of sine at most ‖E‖ / (σ_k − σ_{k+1} − ‖E‖),
+    in spectral norms (Wedin 1972).
+    """
+    here = float(singular_values[k - 1])
+    return 1 - float(singular_values[k]) / here if k < len(singular_values) else 1.0
 
 
 def similarity(a: Updates, b: Updates, k: int = 8, l: int = 8, progress: Progress | None = None) -> "pandas.DataFrame":
@@ -105,10 +120,12 @@ def similarity(a: Updates, b: Updates, k: int = 8, l: int = 8, progress: Progres
     -------
     pandas.DataFrame
         Index module. Columns `phi_left`, `phi_right` (output and input side), their expectation for
-        independent uniform subspaces `null_left`, `null_right`, upper-tail p-values `p_left`, `p_right`, the
-        smallest principal angles `angle_left`, `angle_right` in radians, `cosine` = ⟨ΔW_a, ΔW_b⟩ over norms,
-        `norm_a`, `norm_b`, and the shares of the squared norm in the leading directions `energy_a`, `energy_b`.
-        NaN where an update is zero: it has no directions.
+        independent uniform subspaces `null_left`, `null_right` with standard deviations `std_left`, `std_right`,
+        upper-tail p-values `p_left`, `p_right`, the smallest principal angles `angle_left`, `angle_right` in
+        radians, `cosine` = ⟨ΔW_a, ΔW_b⟩ over norms, `norm_a`, `norm_b`, the shares of the squared norm in the
+        leading directions `energy_a`, `energy_b`, and `gap_a`, `gap_b` = (σ_k − σ_{k+1}) / σ_k, near 0 where
+        the update hardly says which directions lead. NaN where an update is zero: it has no directions. `pooled`
+        of the table is the line for the whole adapter.
 
     Raises
     ------
@@ -125,6 +142,24 @@ def similarity(a: Updates, b: Updates, k: int = 8, l: int = 8, progress: Progres
     return pd.DataFrame(rows).set_index("module")
 
 
+def pooled(table: "pandas.DataFrame") -> "pandas.DataFrame":
+    """The rows of `similarity` as two lines, left and right: means over the modules, and how far from chance.
+
+    Columns `phi` and `null`, the means of φ and of its expectation, `std`, the standard deviation of that mean for
+    independent uniform subspaces, one pair a module, and `z` = (phi − null) / std. A small overlap of every module
+    shows here that no module shows alone. Rows of several tables may be stacked.
+    """
+    import pandas as pd
+
+    rows = {}
+    for side in ("left", "right"):
+        t = table[[f"phi_{side}", f"null_{side}", f"std_{side}"]].dropna()
+        phi, null = t[f"phi_{side}"].mean(), t[f"null_{side}"].mean()
+        std = float(t[f"std_{side}"].pow(2).sum()) ** 0.5 / max(len(t), 1)
+        rows[side] = {"phi": phi, "null": null, "std": std, "z": (phi - null) / std if std else math.nan}
+    return pd.DataFrame(rows).T
+
+
 def _row(name: str, x: LowRank, y: LowRank, k: int, l: int) -> dict:
     if x.shape != y.shape:
         raise ValueError(f"{name}: expected updates of one shape, got {x.shape} and {y.shape}")
@@ -133,14 +168,14 @@ def _row(name: str, x: LowRank, y: LowRank, k: int, l: int) -> dict:
     norm_x, norm_y = float(sx.norm()), float(sy.norm())
     row = {"module": name} | dict.fromkeys(COLUMNS, math.nan) | {"norm_a": norm_x, "norm_b": norm_y}
     if k:
-        row["energy_a"] = float(sx[:k].square().sum()) / norm_x**2
+        row["energy_a"], row["gap_a"] = float(sx[:k].square().sum()) / norm_x**2, gap(sx, k)
     if l:
-        row["energy_b"] = float(sy[:l].square().sum()) / norm_y**2
+        row["energy_b"], row["gap_b"] = float(sy[:l].square().sum()) / norm_y**2, gap(sy, l)
     if k and l:
         row["cosine"] = x.inner(y) / (norm_x * norm_y)
         for side, p, q in (("left", ux[:, :k], uy[:, :l]), ("right", vx[:k].mT, vy[:l].mT)):
             value, n = float(phi(p, q)), p.shape[0]
-            row[f"phi_{side}"], row[f"null_{side}"] = value, phi_null(n, k, l).mean
+            row[f"phi_{side}"], (row[f"null_{side}"], row[f"std_{side}"]) = value, phi_null(n, k, l)
             row[f"p_{side}"] = float(phi_pvalue(value, n, k, l))
             row[f"angle_{side}"] = float(principal_angles(p, q)[0])
     return row

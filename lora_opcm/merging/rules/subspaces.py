@@ -1,5 +1,7 @@
 """Means of subspaces, and the sum seen through them."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,13 @@ from .frames import polar
 
 
 def onto(core: Core, left: Tensor, right: Tensor) -> Tensor:
-    """UUᵀ (Σ Cₜ) VVᵀ for frames U (p, k), V (q, k)."""
-    return left @ (left.mT @ core.total() @ right) @ right.mT
+    """UUᵀ (Σ Cₜ) VVᵀ for frames U (p, k), V (q, k). Warns where less than a hundredth of ‖Σ Cₜ‖² is left."""
+    total = core.total()
+    inside = left.mT @ total @ right
+    largest = max(float(c.norm()) for c in core.cores)
+    if float(total.norm()) > 1e-3 * largest and float(inside.norm()) < 0.1 * float(total.norm()):
+        warnings.warn("the mean subspaces of a module keep less than 1 % of the sum of its updates", stacklevel=2)
+    return left @ inside @ right.mT
 
 
 def leading(core: Core, k: int | None, common: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
