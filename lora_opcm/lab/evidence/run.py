@@ -68,6 +68,7 @@ class Bench:
         data = [load_task(name) for name in names]
         self.splits = {s: Evaluator(data, s, limit=limit, fast=True) for s in ("validation", "test")}
         self.device = self.splits["test"].model.device
+        self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
 
     def correct(self, split: str, names: tuple[str, ...], adapter: Adapter | None, scale: float = 1.0) -> np.ndarray:
         """Which texts of the tasks are right, one task after the other."""
@@ -252,6 +253,7 @@ def main(
     left = [t for t in trials if t not in done]
     with open(file, "a") as out:
         for i, outcome in enumerate(run_trials(left, folder, bench, workers, deadline), 1):
+            outcome.about["device"] = bench.name
             out.write(outcome.line() + "\n")
             out.flush()
             if i % 20 == 0 or i == len(left):

@@ -1,0 +1,44 @@
+"""`python -m lora_opcm.lab.evidence.publish FILE …`: outcomes of a run into data/results, to be counted again."""
+
+import subprocess
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import __version__
+from ..tasks import load_task
+from .outcomes import read_lines, write
+from .tables import FILE
+
+PROTOCOL = 2
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="outcomes.jsonl; of a trial in several, the first counts")],
+    to: Annotated[Path, typer.Option(help="a folder")] = Path("data/results"),
+    commit: Annotated[str, typer.Option(help="that ran; the present one unless given")] = "",
+):
+    """Write one compressed file of all outcomes."""
+    found = {}
+    for file in files:
+        for outcome in read_lines(file):
+            found.setdefault(outcome.trial.key, outcome)
+    commit = commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    names = dict.fromkeys(task for outcome in found.values() for task in outcome.trial.tasks)
+    about = {
+        "protocol": PROTOCOL,
+        "commit": commit,
+        "version": __version__,
+        "date": date.today().isoformat(),
+        "devices": Counter(outcome.about.get("device", "") for outcome in found.values()),
+        "texts": {name: load_task(name).sha256 for name in names},
+    }
+    path = write(to / FILE, found.values(), about)
+    typer.echo(f"{path}: {len(found)} trials, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

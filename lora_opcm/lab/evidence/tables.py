@@ -1,0 +1,263 @@
+"""Tables of the published run, as functions of its outcomes.
+
+Everything is computed for the texts as they are and for a thousand resamples of them, the same for every method:
+test texts are drawn again inside each task, training seeds too, and validation texts choose again. The first draw of
+every array is no resample.
+"""
+
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ...files.shipped import data_dir
+from .choice import RESAMPLES, Candidate, ratio, weights
+from .outcomes import Outcome, Trial, read
+
+MARGIN = 2.0  # points of recovered gain: a method is no worse than another if it surely loses less
+FILE = "outcomes.xz"
+
+
+def published() -> "Evidence":
+    """The run whose outcomes ship with the package."""
+    return _published(data_dir() / "results" / FILE)
+
+
+@cache
+def _published(path: Path) -> "Evidence":
+    return Evidence(*read(path))
+
+
+@cache
+def text_weights(task: str, count: int) -> np.ndarray:
+    """Weights of the test texts of a task, shape=[1 + resamples, texts]; the same wherever the task occurs."""
+    return weights((count,), zlib.crc32(task.encode()))
+
+
+@cache
+def seed_weights(count: int) -> np.ndarray:
+    """Weights of the training seeds, shape=[1 + resamples, seeds]."""
+    drawn = np.random.default_rng(7).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return np.concatenate([np.ones((1, count)), drawn]) / count
+
+
+def accuracy(outcome: Outcome, at: Candidate | None = None) -> np.ndarray:
+    """Test accuracy of every task where validation texts put the scale (or `at` one), shape=[1 + resamples, tasks]."""
+    names = [at] if at else list(outcome.test)
+    picked = [names.index(c) for c in ([at] if at else outcome.picked)]
+    picked = np.resize(picked, 1 + RESAMPLES)
+    bits, start, found = np.stack([outcome.test[c] for c in names], 1).astype(np.float32), 0, []
+    for task, count in zip(outcome.trial.tasks, outcome.sizes["test"], strict=True):
+        each = text_weights(task, count) @ bits[start : start + count]
+        found.append(np.take_along_axis(each, picked[:, None], 1)[:, 0])
+        start += count
+    return np.stack(found, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row of a table: the same trial over training seeds.
+
+    Attributes
+    ----------
+    accuracy, zero, own : array, shape=[seeds, 1 + resamples, tasks]
+        Of the row, of the base model, and of each task's own adapter.
+    """
+
+    outcomes: list[Outcome]
+    accuracy: np.ndarray
+    zero: np.ndarray
+    own: np.ndarray
+
+    @cached_property
+    def draws(self) -> np.ndarray:
+        """Recovered gain in per cent, a ratio of means over tasks and seeds, shape=[1 + resamples]."""
+        share = seed_weights(len(self.outcomes)).T
+        kept, whole = (((x - self.zero).mean(2) * share).sum(0) for x in (self.accuracy, self.own))
+        return 100 * kept / whole
+
+    @property
+    def value(self) -> float:
+        return float(self.draws[0])
+
+    @property
+    def by_task(self) -> np.ndarray:
+        """What each task gained and what its own adapter gains, over seeds, shape=[2, tasks]."""
+        return np.stack([(x - self.zero)[:, 0].mean(0) for x in (self.accuracy, self.own)])
+
+    @property
+    def by_seed(self) -> np.ndarray:
+        """Recovered gain of every seed, shape=[seeds]."""
+        return 100 * (self.accuracy - self.zero)[:, 0].mean(1) / (self.own - self.zero)[:, 0].mean(1)
+
+    @property
+    def mean_of_ratios(self) -> float:
+        """The gain recovered task by task, averaged: a task with little to gain counts as much as any."""
+        kept, whole = self.by_task
+        return float(100 * (kept / whole).mean())
+
+    @property
+    def ratios(self) -> list[float]:
+        """The norm of each seed's merged adapter in mean norms of its parts."""
+        return [o.norms[0] / o.mean if o.trial.natural and o.mean else ratio(o.picked[0][1]) for o in self.outcomes]
+
+    @property
+    def options(self) -> list[dict]:
+        """What validation texts chose for the knob, by seed."""
+        return [o.trial.options[o.picked[0][0]] for o in self.outcomes]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a run found: `about` it, and its outcomes."""
+
+    about: dict
+    outcomes: list[Outcome]
+
+    @cached_property
+    def _bounds(self) -> dict[tuple, np.ndarray]:
+        found = {}
+        for outcome in self.outcomes:
+            t = outcome.trial
+            if t.method in ("", "own"):
+                each = accuracy(outcome)
+                found |= {(t.method, t.recipe, t.seed, task): each[:, j] for j, task in enumerate(t.tasks)}
+        return found
+
+    def row(self, outcomes: list[Outcome], at: Callable[[Outcome], Candidate | None] = lambda o: None) -> Row:
+        """Outcomes of one trial over seeds, their scales chosen by validation texts or given by `at`."""
+        trials = [o.trial for o in outcomes]
+        zero, own = (
+            np.stack([np.stack([self._bounds[m, t.recipe, t.seed, task] for task in t.tasks], 1) for t in trials])
+            for m in ("", "own")
+        )
+        return Row(outcomes, np.stack([accuracy(o, at(o)) for o in outcomes]), zero, own)
+
+    def select(self, part: str, seeds: Sequence[int] | None = None, **where) -> dict[tuple, list[Outcome]]:
+        """(label, rank) → its outcomes in the order of seeds; `where` says what fields of their trials are."""
+        found = defaultdict(list)
+        for outcome in self.outcomes:
+            t = outcome.trial
+            if t.part == part and (seeds is None or t.seed in seeds):
+                if all(getattr(t, field) == value for field, value in where.items()):
+                    found[t.label, t.rank].append(outcome)
+        return {key: sorted(each, key=lambda o: o.trial.seed) for key, each in found.items()}
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """Training seeds of which the bake-off is whole."""
+        counts = defaultdict(set)
+        for outcome in self.outcomes:
+            if outcome.trial.part == "bake_off" and outcome.trial.seed:
+                counts[outcome.trial.seed].add((outcome.trial.label, outcome.trial.rank))
+        most = max(map(len, counts.values()))
+        return tuple(sorted(seed for seed, found in counts.items() if len(found) >= most - 1))
+
+    @cached_property
+    def bake_off(self) -> dict[tuple, Row]:
+        """(label, rank) → row, of every method that has all seeds."""
+        found = self.select("bake_off", self.seeds)
+        return {key: self.row(each) for key, each in found.items() if len(each) == len(self.seeds)}
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of resamples."""
+    low, high = np.quantile(draws[1:], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def over_tasks(row: Row, against: Row | None = None) -> tuple[float, float]:
+    """The 95 % interval of the gain (or of its difference) where tasks are drawn again, and nothing else is."""
+    count = row.by_task.shape[1]
+    pick = np.random.default_rng(3).integers(count, size=(10_000, count))
+    gain = lambda r: 100 * r.by_task[0][pick].sum(1) / r.by_task[1][pick].sum(1)  # noqa: E731
+    low, high = np.quantile(gain(row) - (gain(against) if against else 0), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summary(rows: dict[str, Row], against: str | None = None) -> pd.DataFrame:
+    """One line a row: gain, both intervals, and the difference to the row `against` with both of its own."""
+    lines = {}
+    for label, row in rows.items():
+        low, high = interval(row.draws)
+        line = {"gain": row.value, "low": low, "high": high}
+        line |= dict(zip(("tasks low", "tasks high"), over_tasks(row), strict=True))
+        line |= {"mean of ratios": row.mean_of_ratios, "scale": float(np.median(row.ratios))}
+        if against:
+            low, high = interval(row.draws - rows[against].draws)
+            line |= {"minus": row.value - rows[against].value, "minus low": low, "minus high": high}
+            line |= dict(zip(("minus tasks low", "minus tasks high"), over_tasks(row, rows[against]), strict=True))
+        lines[label] = line
+    return pd.DataFrame.from_dict(lines, orient="index").sort_values("gain", ascending=False)
+
+
+def favourite(rows: dict[str, Row]) -> str:
+    """The row that validation texts like best, averaged over seeds: a reference that no test text has chosen."""
+
+    def score(row: Row) -> float:
+        each = []
+        for o in row.outcomes:
+            plain = weights(tuple(o.sizes["validation"]), 0, 0)[0]
+            each.append(o.validation[o.picked[0]] @ plain if o.validation else 0.0)
+        return float(np.mean(each))
+
+    tried = {label: row for label, row in rows.items() if row.outcomes[0].trial.method not in ("", "own", "joint")}
+    return max(tried, key=lambda label: score(tried[label]))
+
+
+def at_step(evidence: Evidence, outcomes: list[Outcome], step: int) -> Row | None:
+    """The row with the scale put at a step, the knob as validation texts chose it; None where it was not tried."""
+    at = lambda o: (o.picked[0][0], step)  # noqa: E731
+    return evidence.row(outcomes, at) if all(at(o) in o.test for o in outcomes) else None
+
+
+def few_texts(outcomes: Iterable[Outcome], counts: Sequence[int], draws: int = 200) -> pd.DataFrame:
+    """Points of accuracy lost where so few texts a task choose scale and knob, against what all of them choose.
+
+    Half of the validation texts at most choose; the others say what that costs, as every candidate was tried on them.
+    """
+    rng, lines = np.random.default_rng(5), []
+    for outcome in outcomes:
+        names = list(outcome.validation)
+        bits = np.stack([outcome.validation[c] for c in names]).astype(np.float32)
+        edges = np.cumsum([0, *outcome.sizes["validation"]])
+        all_best = names.index(outcome.picked[0])
+        for count in counts:
+            lost = []
+            for _ in range(draws):
+                few, rest = np.zeros(len(names)), np.zeros(len(names))
+                for a, b in zip(edges, edges[1:]):
+                    order = a + rng.permutation(b - a)
+                    n = min(count, (b - a) // 2)
+                    few += bits[:, order[:n]].mean(1)
+                    rest += bits[:, order[n:]].mean(1)
+                lost.append(100 * (rest[all_best] - rest[few.argmax()]) / (len(edges) - 1))
+            line = {"label": outcome.trial.label, "rank": outcome.trial.rank, "seed": outcome.trial.seed}
+            lines.append(line | {"texts": count, "lost": np.mean(lost), "worst": np.quantile(lost, 0.95)})
+    return pd.DataFrame(lines)
+
+
+def told(options: dict) -> str:
+    """The knob in words."""
+    words = {"alpha": "α", "power": "p", "directions": "directions", "density": "density", "common": "common"}
+    fixed = ("sides", "variant", "gauge", "cap", "scale")
+    shown = {k: v for k, v in options.items() if k not in fixed and v is not None}
+    return ", ".join(f"{words.get(k, k)} {v:g}" for k, v in shown.items()) or "–"
+
+
+def same(outcome: Outcome, other: Outcome, split: str = "test") -> float:
+    """The share of texts that two runs of one trial agree on, over the candidates both tried."""
+    both = [c for c in getattr(outcome, split) if c in getattr(other, split)]
+    return float(np.mean([(getattr(outcome, split)[c] == getattr(other, split)[c]).mean() for c in both]))
+
+
+def find(evidence: Evidence, trial: Trial) -> Outcome | None:
+    """The published outcome of a trial."""
+    key = json.loads(trial.key)
+    return next((o for o in evidence.outcomes if json.loads(o.trial.key) == key), None)
