@@ -8,7 +8,7 @@ from .lowrank import LowRank
 from .merging.merge import merge
 from .merging.method import merge_method, methods
 from .merging.plan import plan
-from .streams import ContinualMerger, FactorMerger, SumMerger
+from .streams import ContinualMerger, FactorMerger, SumMerger, WhiteningMerger
 
 __all__ = [
     "Adapter",
@@ -17,6 +17,7 @@ __all__ = [
     "FactorMerger",
     "LowRank",
     "SumMerger",
+    "WhiteningMerger",
     "adapter_path",
     "align",
     "attach",

@@ -204,7 +204,7 @@ def test_sums_of_factors_begin_with_nothing(generator):
     assert error(half, a.modules["w"].delta().double() / 2) < 1e-6
 
 
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger, lo.WhiteningMerger])
 def test_a_stream_that_stopped_writes_the_same_file(kind, generator, tmp_path):
     through, until = kind(), kind()
     for i in range(4):
@@ -250,7 +250,7 @@ def test_factors_apart_are_two_dense_streams(alpha, generator):
         assert error(merger.adapter().modules[name], factor * dense_sum) < 1e-9
 
 
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger, lo.WhiteningMerger])
 def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
     first = adapter(SHAPES, 3, generator)
     held = [weakref.ref(u.left) for u in first.modules.values()]

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from factories import adapter, error
@@ -233,3 +234,43 @@ def test_what_a_flat_spectrum_cannot_decide_is_refused_or_said():
         warnings.simplefilter("error")
         lo.merge(adapters, "whitened_sum", power=1, rank=3)  # all directions of the largest task
         lo.merge(adapters, "whitened_sum", power=0.9, rank=2)
+
+
+def dense_whitening(deltas, cap):
+    """Sequential whitening of dense matrices by numpy alone: what is kept is the merged matrix, cut to the cap."""
+    rank = 3
+    kept, size = deltas[0], rank
+    for delta in deltas[1:]:
+        (u, s, vh), (a, t, bh) = (np.linalg.svd(x, full_matrices=False) for x in (kept, delta))
+        left, right = np.hstack([u[:, :size], a[:, :rank]]), np.hstack([vh[:size].T, bh[:rank].T])
+        left, right = (p @ qh for p, _, qh in (np.linalg.svd(x, full_matrices=False) for x in (left, right)))
+        kept = left @ np.diag(np.concatenate([s[:size], t[:rank]])) @ right.T
+        size = min(size + rank, cap or size + rank)
+        u, s, vh = np.linalg.svd(kept, full_matrices=False)
+        kept = (u[:, :size] * s[:size]) @ vh[:size]
+    return kept
+
+
+@pytest.mark.parametrize("cap", [None, 4])
+def test_a_whitening_stream_keeps_the_merged_adapter_alone(cap):
+    merger = lo.WhiteningMerger(rank=cap, scale=1.0)
+    for one in stream():
+        merger.add(one)
+    merged = merger.adapter()
+    for name in SHAPES:
+        dense = dense_whitening([one.modules[name].delta().numpy() for one in stream()], cap)
+        assert error(merged.modules[name], torch.from_numpy(dense)) < 1e-9
+    if cap is None:
+        assert gap(merged, lo.merge(stream(), "whitening", scale=1.0)) < 1e-9
+    assert {u.rank for u in merged.modules.values()} == {cap or 15}
+
+
+def test_a_whitening_stream_says_what_its_cap_cut_and_cannot_forget():
+    one, two = stream(2)
+    merger = lo.WhiteningMerger(rank=4, scale=1.0).add(one).add(two)
+    whole = lo.merge([one, two], "whitening", scale=1.0).norm() ** 2
+    cut = merger.adapter().norm() ** 2
+    assert merger.state.history[1]["dropped"] == pytest.approx(1 - cut / whole)
+    assert merger.state.history[0]["dropped"] == 0
+    with pytest.raises(ValueError, match="turned to stand at right angles"):
+        merger.remove(one)

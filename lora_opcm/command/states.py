@@ -55,7 +55,7 @@ def add(
     state: Annotated[Path, typer.Argument(help="a state file; made if it does not exist")],
     adapters: Inputs,
     method: Annotated[
-        str | None, typer.Option(help="for a new state: opcm (default), whitened_sum or lora_opcm")
+        str | None, typer.Option(help="for a new state: opcm (default), whitening, whitened_sum or lora_opcm")
     ] = None,
     alpha: Annotated[float | None, typer.Option(min=0, max=1, help="for a new state of opcm, default 0.5")] = None,
     variant: Annotated[Variant | None, typer.Option(help="for a new state of opcm, default paper")] = None,

@@ -5,7 +5,9 @@ from .opcm import ContinualMerger
 from .store import load_stream, streams
 from .stream import Member, State, Stream
 from .whitened_sum import SumMerger
+from .whitening import WhiteningMerger
 
 __all__ = [
-    "ContinualMerger", "FactorMerger", "Member", "State", "Stream", "SumMerger", "load_stream", "streams",
+    "ContinualMerger", "FactorMerger", "Member", "State", "Stream", "SumMerger", "WhiteningMerger",
+    "load_stream", "streams",
 ]  # fmt: skip
