@@ -13,7 +13,7 @@ PROFILE ?= quick
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick mutants adapters experiments publish bench pdf figures lint clean help
+.PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -31,9 +31,13 @@ test: experiments  ## unit tests, every chapter under nbval, the site in a brows
 experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full, gpu or rehearsal; DRY_RUN=1 lists it
 	$(SNAKEMAKE) --config profile=$(PROFILE) $(if $(DRY_RUN),--dry-run)
 
+evidence: $(BIN)/.ready  ## the run behind the bake-off and the streams, from nothing: minutes on a GPU, hours on processors
+	$(BIN)/python -m lora_opcm.lab.evidence.run _build/evidence
+	$(BIN)/python -m lora_opcm.lab.evidence.publish _build/evidence/outcomes.jsonl
+
 publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a full run into data/results (make publish PROFILE=full)
 	@test -n "$(filter full gpu,$(PROFILE))" || { echo "the $(PROFILE) profile is no published run: make publish PROFILE=full"; exit 1; }
-	cp _build/$(PROFILE)/results/*.csv data/results/
+	cp $(filter-out %/bake_off.csv %/order.csv,$(wildcard _build/$(PROFILE)/results/*.csv)) data/results/  # those two compare with outcomes.xz
 	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 
 quick: $(BIN)/.ready  ## the fast tests, under 90 seconds

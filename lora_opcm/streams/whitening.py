@@ -51,9 +51,9 @@ class WhiteningMerger(Stream[LowRank]):
 
     def refuse_removal(self, adapter) -> None:
         raise ValueError(
-            f"cannot remove {adapter.source} (the state holds {', '.join(self.state.names)}): its directions were turned"
-            " to stand at right angles to the others. Merge the others anew, or keep a state of whitened_sum without a"
-            " cap, which can forget"
+            f"cannot remove {adapter.source} (the state holds {', '.join(self.state.names)}): its directions were"
+            " turned to stand at right angles to the others. Merge the others anew, or keep a state of whitened_sum"
+            " with no cap, which can forget"
         )
 
     def export(self, kept: LowRank) -> LowRank:

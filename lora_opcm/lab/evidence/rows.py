@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from itertools import combinations, product
-from math import factorial
 
 import numpy as np
 
+from ..experiments.trials import orders
 from ..tasks import small_tasks, tasks
 from .outcomes import Trial
 
@@ -116,17 +116,6 @@ def stream(seed: int) -> Iterator[Trial]:
             steps = None if names == tasks() else ()
             for label in STREAMS:
                 yield _row("stream", label, STREAMS, tasks=names, seed=seed, rank=cap, cap=cap, steps=steps)
-
-
-def orders(count: int, length: int = 8, seed: int = 0) -> list[list[int]]:
-    """Distinct orders of a stream: as listed, reversed, then random ones; `count` is at most their number."""
-    rng = np.random.default_rng(seed)
-    found = [list(range(length)), list(range(length))[::-1]]
-    while len(found) < min(count, factorial(length)):
-        order = rng.permutation(length).tolist()
-        if order not in found:
-            found.append(order)
-    return found[:count]
 
 
 def pairs(seed: int) -> Iterator[Trial]:

@@ -36,7 +36,11 @@ def provenance(shown: pd.DataFrame, rows: pd.DataFrame, what: str) -> str:
             f"Tables and figures on this page are from this build's own run ({what});"
             " no published run is shown beside it."
         )
-    return "Tables and figures on this page are from the published run."
+    return (
+        "Tables and figures on this page are from an earlier published run, of protocol 1: where scales were chosen,"
+        " it was on a part of the validation texts, and a part of the test texts was classified. The bake-off and the"
+        " page on streams have all of them."
+    )
 
 
 def comparison(rows: pd.DataFrame, metrics: Sequence[str] = ("accuracy", "recovered gain")) -> pd.DataFrame:

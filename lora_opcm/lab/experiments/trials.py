@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import factorial
 from types import MappingProxyType
 
 import numpy as np
@@ -77,11 +78,11 @@ def recovered(correct: Mapping[str, np.ndarray], floor: Mapping, ceiling: Mappin
 
 
 def orders(count: int, length: int = 8, seed: int = 0) -> list[list[int]]:
-    """Distinct orders of a stream: as listed, reversed, then random ones."""
+    """Distinct orders of a stream: as listed, reversed, then random ones; fewer where there are no more."""
     rng = np.random.default_rng(seed)
     found = [list(range(length)), list(range(length))[::-1]]
-    while len(found) < count:
-        order = [int(i) for i in rng.permutation(length)]
+    while len(found) < min(count, factorial(length)):
+        order = rng.permutation(length).tolist()
         if order not in found:
             found.append(order)
     return found[:count]
