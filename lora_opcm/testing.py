@@ -28,7 +28,8 @@ def check_method(name: str, seed: int = 0, **options: Any) -> None:
     - the same inputs give the same bytes; half precision agrees with double to its rounding;
     - the order of the adapters changes the result if the table says so, and only then; so does the gauge;
     - a module that an adapter lacks counts as zero, and one that is zero everywhere stays zero;
-    - a number for `scale` multiplies, "2norm" gives twice the mean norm of the inputs.
+    - a number for `scale` multiplies, "2norm" gives twice the mean norm of the inputs, before a cut;
+    - "auto" gives min(√T, 2) times that of T inputs, after a cut.
 
     Raises
     ------
@@ -76,6 +77,10 @@ def _claims(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[Claim]
 
     one, two = run(adapters, scale=1.0), run(adapters, scale=-0.5)
     yield "scale", _near(distance(two * -2.0, one))
+    for count in (1, 2, COUNT):
+        some = adapters[:count]
+        mean = sum(a.norm() for a in some) / count
+        yield f"auto, of {count}", _near(run(some, scale="auto").norm() / mean / count**0.5 - 1)
     exact = run(adapters, scale="2norm", rank=None, energy=None)
     yield (
         "2norm",

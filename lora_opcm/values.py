@@ -7,10 +7,13 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, get_args
+
+AUTO = "auto"
+ROUNDING = 1e-6  # relative; what is left of float32 numbers that cancel
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def _count(x: Any) -> bool:
 
 
 def _norm(x: object) -> bool:
-    return isinstance(x, str) and re.fullmatch(r"(\d+(\.\d*)?|\.\d+)?norm", x) is not None
+    return isinstance(x, str) and re.fullmatch(r"auto|(\d+(\.\d*)?|\.\d+)?norm", x) is not None
 
 
 def one_of(*words: str) -> Value:
@@ -45,7 +48,7 @@ Energy = Annotated[float | None, Value("None or a number in (0, 1]", lambda x: x
 Seed = Annotated[int, Value("an integer", lambda x: isinstance(x, Integral) and not isinstance(x, bool))]
 Scale = Annotated[
     float | str,
-    Value("a finite number, 'norm' or a multiple of it such as '2norm'", lambda x: _number(x) or _norm(x)),
+    Value("a finite number, 'auto', 'norm' or a multiple of it such as '2norm'", lambda x: _number(x) or _norm(x)),
 ]
 Variant = Annotated[str, one_of("paper", "fusionbench")]
 Gauge = Annotated[str, one_of("given", "balanced")]
@@ -79,6 +82,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def norms(scale: float | str) -> float | None:
-    """How many mean norms of its parts a merged adapter gets: 2 for "2norm"; None for a plain factor."""
+def norms(scale: float | str, count: int = 1) -> float | None:
+    """How many mean norms of its `count` parts a merged adapter gets: 2 for "2norm"; None for a plain factor.
+
+    For "auto" it is min(√count, 2): a rule from measurements, not a theorem.
+    """
+    if scale == AUTO:
+        return min(math.sqrt(count), 2.0)
     return float(scale.removesuffix("norm") or 1) if isinstance(scale, str) else None
+
+
+def factor(scale: float | str, size: float, parts: Sequence[float]) -> float:
+    """What a merged adapter of norm `size` is multiplied by; `parts` are the norms of what went in, each weighted.
+
+    For "auto" a part that is zero, by its weight or by itself, is none. Of parts that cancel rounding is left, which
+    "auto" does not blow up.
+    """
+    counted = [p for p in parts if p] if scale == AUTO else parts
+    if (times := norms(scale, len(counted))) is None:
+        return float(scale)
+    least = ROUNDING * max(counted, default=0.0) if scale == AUTO else 0.0
+    return times * sum(counted) / len(counted) / size if size > least else 1.0

@@ -63,6 +63,21 @@ def coordinates(ds):
     return u, [u.mT @ d @ v for d in ds], v
 
 
+AUTO = {
+    "ties", "dare_ties", "magmax", "core_ties", "core_dare_ties", "knots_ties", "tsv", "whitening", "whitened_sum",
+    "pico", "wudi", "actmat", "dop", "iso_c", "iso_cts", "subspace_boosting", "svc", "ctm",
+}  # fmt: skip
+
+
+def auto(merged, found):
+    """What was merged, and cut, at √T mean norms of the T updates that are not zero, at most 2."""
+    size = lambda xs: float(sum(x.square().sum() for x in xs)) ** 0.5  # noqa: E731
+    parts = [size(ds) for ds in zip(*found.values(), strict=True)]
+    parts = [p for p in parts if p > 0]
+    wanted = (sum(parts) / len(parts)) * (2 if len(parts) >= 4 else len(parts) ** 0.5)
+    return {n: x * (wanted / size(merged.values())) for n, x in merged.items()}
+
+
 # -- the rules, one module at a time -------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import dense_rules
 import pytest
 import torch
 from factories import adapter, error
@@ -176,7 +177,10 @@ def test_what_is_true_of_the_methods_of_this_package():
     ordered = {"opcm", "lora_opcm", "dop", "whitening", "dare", "dare_ties", "core_dare_ties"}
     assert which(lambda m: m.ordered) == ordered
     assert which(lambda m: not m.gauge_invariant) == {"lora_opcm"} and which(lambda m: m.data) == {"regmean"}
-    assert which(lambda m: m.largest) == {"svd"} and which(lambda m: m.scale != 1) == {"opcm", "lora_opcm"}
+    assert which(lambda m: m.largest) == {"svd"} and which(lambda m: m.scale == "norm") == {"opcm", "lora_opcm"}
+    plain = {"cat", "mean", "svd", "task_arithmetic", "dare", "magnitude_prune"}
+    own = plain | {"regmean", "chordal_mean", "karcher_mean", "quotient_mean"}
+    assert which(lambda m: m.scale == 1) == own and which(lambda m: m.scale == "auto") == dense_rules.AUTO
     assert which(lambda m: m.space == "dense") == {"ties", "dare", "dare_ties", "magnitude_prune", "magmax"}
     assert which(lambda m: m.space == "updates") == {"lora_opcm", "regmean"}
     assert which(lambda m: m.cuts) == {"iso_c", "iso_cts", "subspace_boosting"} and len(table()) == 30

@@ -20,6 +20,7 @@ from lora_opcm.testing import check_method
 REGISTRY = table()
 SHAPES = {"a": (40, 32), "b": (36, 48)}
 T, RANK = 4, 3
+SHARED = {"iso_cts", "svc"}  # what it takes of an adapter depends on how many there are
 FLAT = {"iso_c", "iso_cts"}  # their point is not to return the one adapter they are given
 
 
@@ -245,7 +246,7 @@ DENSE = {
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_agrees_with_the_dense_float64_reference(method, seed):
     adapters = stream(torch.float32, seed)
-    merged = run(method, adapters)
+    merged = run(method, adapters, scale=1)
     for name in SHAPES:
         assert error(merged.modules[name], DENSE[method]([dense(a.modules[name]) for a in adapters])) < 1e-5
 
@@ -278,7 +279,7 @@ def test_float32_in_the_core_agrees_with_the_same_rule_on_dense_float64(method, 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
 def test_float32_random_masks_agree_with_float64(method):
     adapters = stream(torch.float32)
-    merged = run(method, adapters)
+    merged = run(method, adapters, scale=1)
     for name in SHAPES:
         deltas = [dense(a.modules[name]) for a in adapters]
         generator = torch.Generator().manual_seed(_seed(name))
@@ -408,7 +409,7 @@ def test_registry_opcm_is_the_streaming_one():
         ({"method": "svc", "alpha": 0}, "alpha must be"),
         (
             {"method": "tsv", "scale": "x"},
-            "scale must be a finite number, 'norm' or a multiple of it such as '2norm', got 'x'",
+            "scale must be a finite number, 'auto', 'norm' or a multiple of it such as '2norm', got 'x'",
         ),
         ({"method": "tsv", "scale": float("nan")}, "scale must be"),
         ({"method": "tsv", "scale": True}, "scale must be"),
@@ -479,7 +480,64 @@ def test_the_factor_of_a_merge_by_hand():
     assert factor("norm", v=v[:1], w=w[:1]) == 0.5 and factor("3norm", v=v[:1], w=w[:1]) == 1.5
     assert factor("norm", v=v, w=w) == 0.5 * 1
     assert factor("norm", w=[[0.0, 0.0, 0.0]]) == 1 and factor("2norm", w=[[0.0, 1.0], [4.0, 1.0]]) == 1
-    assert factor("norm") == 1  # of no module
+    assert factor("norm") == 1 == factor("auto")  # of no module
+    assert factor("auto", v=v[:1]) == 2**0.5 * 1.5 / 3 and factor("auto", v=[[4.0, 1.0]], w=[[5.0, 3.0]]) == 2 / 3
+    assert factor("auto", v=[[1.0, *[9.0] * 5]]) == 6  # of five parts as of four
+    assert factor("auto", v=[[1.0, 9.0, 0.0]], w=[[0.0, 0.0, 0.0]]) == 3  # one that is zero is none
+    assert factor("auto", w=[[0.0, 0.0]]) == 1 == factor("auto", w=[[1e-13, 1.0, 1.0]])  # rounding stays what it is
+    cut = lo.Adapter({}, dropped={"v": 0.75})
+    assert Part(cut, {"v": [[16.0, 4.0]], "w": [[0.0, 0.0]]}, "auto").factor == 1  # of what is left
+    assert Part(cut, {"v": [[16.0, 4.0]]}, "norm").factor == 0.5
+
+
+@pytest.mark.parametrize("count, times", [(1, 1), (2, 2**0.5), (4, 2), (8, 2)])
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_auto_is_the_root_of_their_number_and_at_most_two_mean_norms(method, count, times):
+    """Of the finished adapter: as it comes, cut, with a module missing, in half precision, with a weight of zero."""
+    if method == "karcher_mean" and count > 2:
+        pytest.skip("a hundred steps a side")
+    adapters = stream(count=count)
+    less = [a.with_modules({"a": a.modules["a"]}) if i else a for i, a in enumerate(adapters)]
+    half = [lo.Adapter({n: u.to(torch.float16) for n, u in a.modules.items()}) for a in adapters]
+    weights = [(-2) ** i for i in range(count - 1)] + [0] if count > 1 else [3]
+    used, T = (count - 1, min((count - 1) ** 0.5, 2)) if count > 1 else (1, 1)
+    mean = lambda found, n=count: sum(a.norm() for a in found) / n  # noqa: E731
+    weighted = T * sum(abs(w) * a.norm() for w, a in zip(weights, adapters, strict=True)) / used
+    for parts, options, expected, rounding in (
+        (adapters, {}, times * mean(adapters), 1e-6),
+        (adapters, {"rank": 2}, times * mean(adapters), 1e-6),
+        (adapters, {"energy": 0.5}, times * mean(adapters), 1e-6),
+        (less, {"rank": 4}, times * mean(less), 1e-6),
+        (half, {"rank": 2}, times * mean(half), 2e-3),
+        (adapters, {"weights": weights}, weighted, 1e-6),
+    ):
+        merged = run(method, parts, scale="auto", **options)
+        assert merged.norm() == pytest.approx(expected, rel=rounding), options
+        plain = run(method, parts, scale=1, **options)
+        assert merged.factor == pytest.approx(expected / plain.norm(), rel=rounding)
+        assert plain.factor == 1 == (2.0 * merged).factor  # of other numbers nothing is known
+        assert (merged - merged.factor * plain).norm() < rounding * expected  # and nothing but a factor
+
+
+@pytest.mark.parametrize("method", sorted(m.name for m in REGISTRY.values() if m.scale == "auto"))
+def test_by_default_one_adapter_is_itself_and_what_does_nothing_does_not_count(method):
+    one, two = stream(count=2)
+    exact = {name: x for name, x in (("density", 1), ("power", 0), ("beta", 1)) if name in REGISTRY[method].options}
+    if method not in FLAT:
+        assert distance(lo.merge(one, method=method, **exact), one) < 1e-6
+    merged, zero = lo.merge(one, two, method=method, **exact), 0.0 * two
+    assert distance(lo.merge(one, two, zero, method=method, **exact, scale="auto"), merged) < 1e-6 or method in SHARED
+    for more, weights in ((zero, [1, 1, 1]), (two, [1, 1, 0])):
+        assert lo.merge(one, two, more, method=method, weights=weights).norm() == pytest.approx(
+            lo.merge(one, two, method=method).norm(), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("method", ["cat", "tsv", "svc", "whitened_sum"])
+def test_of_updates_that_cancel_auto_leaves_the_rounding(method):
+    one = stream(torch.float32, count=1)[0]
+    merged = lo.merge(one, one.regauge(1), method=method, weights=[1, -1], scale="auto")
+    assert merged.factor == 1 and merged.norm() < 1e-5 * one.norm()
 
 
 def test_a_large_factor_goes_to_both_sides():

@@ -127,7 +127,7 @@ run("merge", "a", "b", "-o", "m", "--method", "portion", "--option", "share=0.25
 whole = 0.25 * (lo.load_adapter("a") + lo.load_adapter("b"))
 assert same(lo.load_adapter("m"), whole.with_modules({n: u.truncate(2)[0] for n, u in whole.items()}))
 run("verify", "b", "a", "--against", "m")
-assert "by {'method': 'portion'}" in run("merge", "a", "b", "-o", "n", "--method", "portion", "--dry-run")
+assert "by {'method': 'portion', 'scale': 1.0}" in run("merge", "a", "b", "-o", "n", "--method", "portion", "--dry-run")
 run("merge", "a", "b", "-o", "n", "--method", "portion", "--option", "share=2", code=2)
 
 from lora_opcm.testing import check_method

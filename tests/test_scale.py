@@ -184,7 +184,16 @@ def test_three_shards_give_the_bytes_of_one_process(method, inputs, tmp_path):
     lo.save_adapter(joined, tmp_path / "joined")
     assert files(tmp_path / "joined") == files(tmp_path / "whole")
     assert joined.dropped == whole.dropped
-    assert call == {"method": method, "rank": 4, "weights": [1.0, 0.5, -1.0, 2.0]}
+    assert joined.factor == whole.factor
+    assert call == {"method": method, "rank": 4, "weights": [1.0, 0.5, -1.0, 2.0], "scale": REGISTRY[method].scale}
+
+
+@pytest.mark.parametrize("method", ["cat", "tsv", "lora_opcm", "ties", "knots_ties"])
+def test_shards_by_auto_have_the_norm_of_the_rule_together(method, inputs, tmp_path):
+    parts = [merge_shard(inputs, tmp_path / f"{i}", (i, 3), method, rank=2, scale="auto") for i in range(3)]
+    expected = 2 * sum(lo.load_adapter(path).norm() for path in inputs) / 4
+    joined, call, _ = join(parts)
+    assert joined.norm() == pytest.approx(expected, rel=1e-3) and call["scale"] == "auto"  # float16
 
 
 def test_shards_in_processes_of_their_own(inputs, tmp_path):
@@ -231,7 +240,9 @@ def test_shards_that_do_not_belong_together_are_refused(inputs, tmp_path):
         join([one])
     with pytest.raises(lo.AdapterError, match="shard 0 of 2 is given twice"):
         join([one, one])
-    with pytest.raises(lo.AdapterError, match="other.safetensors: expected one of 2 shards of {'method': 'cat'}"):
+    with pytest.raises(
+        lo.AdapterError, match="other.safetensors: expected one of 2 shards of {'method': 'cat', 'scale': 1.0}"
+    ):
         join([one, other])
     with pytest.raises(lo.AdapterError, match="got none"):
         join([])

@@ -60,11 +60,12 @@ def test_a_cap_bounds_the_state_and_one_that_does_not_bind_changes_nothing():
 
 def test_missing_modules_and_refusals():
     a, b = stream(2)
-    merger = lo.SumMerger().add(a.with_modules({"a": a.modules["a"]})).add(b)
+    merger = lo.SumMerger(scale=1).add(a.with_modules({"a": a.modules["a"]})).add(b)
+    alone = lo.SumMerger(scale=1).add(b).adapter()
     assert set(merger.adapter().modules) == {"a", "b"}
     assert (
         gap(
-            lo.SumMerger().add(b).adapter().with_modules({"b": lo.SumMerger().add(b).adapter().modules["b"]}),
+            alone.with_modules({"b": alone.modules["b"]}),
             merger.adapter().with_modules({"b": merger.adapter().modules["b"]}),
         )
         < 1e-12
@@ -77,6 +78,38 @@ def test_missing_modules_and_refusals():
         lo.SumMerger().adapter()
     with pytest.raises(ValueError, match="a has shape"):
         merger.add(b.with_modules({"a": lo.LowRank(torch.ones(3, 1), torch.ones(1, 4))}))
+
+
+@pytest.mark.parametrize("make", [lo.SumMerger, lo.ContinualMerger, lo.FactorMerger])
+def test_by_auto_a_stream_grows_with_the_root_of_its_adapters(make, tmp_path):
+    """However it is cut: 1, √2, √3, 2 and 2 mean norms; an adapter that is zero is none."""
+    adapters, merger = stream(5), make(scale="auto")
+    for t, a in enumerate(adapters, 1):
+        mean = sum(b.norm() for b in adapters[:t]) / t
+        merger = make.load(merger.add(a).save(tmp_path / "s"))
+        for cut in ({}, {"rank": 2}, {"energy": 0.5}):
+            merged = merger.adapter(**cut)
+            assert merged.norm() == pytest.approx(min(t**0.5, 2) * mean, rel=1e-6)
+            whole = make(scale=1)
+            for b in adapters[:t]:
+                whole.add(b)
+            assert gap(merged, merged.factor * whole.adapter(**cut)) < 1e-6
+    two = make(scale="auto").add(adapters[0]).add(0.0 * adapters[1]).add(adapters[2])
+    assert two.adapter().norm() == pytest.approx((adapters[0].norm() + adapters[2].norm()) / 2**0.5, rel=1e-6)
+
+
+def test_by_auto_a_removal_counts(tmp_path):
+    a, b, c = stream(3)
+    merger = lo.SumMerger().add(a).add(b).add(c).remove(b)
+    assert merger.scale == "auto"
+    assert merger.adapter(rank=3).norm() == pytest.approx((a.norm() + c.norm()) / 2**0.5)
+
+
+def test_a_state_keeps_the_scale_it_was_made_with(tmp_path):
+    a, b = stream(2)
+    old = lo.SumMerger(scale=1.0).add(a).save(tmp_path / "s")
+    merger = lo.SumMerger.load(old).add(b)
+    assert merger.scale == 1.0 and gap(merger.adapter(), lo.merge(a, b, method="whitened_sum", scale=1.0)) < 1e-9
 
 
 @pytest.mark.parametrize("power", [0, 0.5, 1])

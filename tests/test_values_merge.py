@@ -66,6 +66,12 @@ def trimmed_sum(deltas, density):
     return {n: sum(trim(d[n]) for d in deltas) for n in deltas[0]}
 
 
+def by_auto(merged, parts):
+    """At √T mean norms of T parts."""
+    factor = np.sqrt(len(parts)) * np.mean([norm(d) for d in parts]) / norm(merged)
+    return {n: factor * x for n, x in merged.items()}
+
+
 def paper(deltas, alpha, variant):
     found = dense_opcm([{n: torch.as_tensor(d) for n, d in one.items()} for one in deltas], alpha, variant)
     return {n: d.numpy() for n, d in found.items()}
@@ -82,8 +88,10 @@ def paper(deltas, alpha, variant):
         (["--method", "task_arithmetic", "--option", "scale=-2"], lambda d: combined(d, [-2] * 3)),
         (["--method", "cat", "--rank", 4], lambda d: {n: cut(x, 4)[0] for n, x in combined(d, [1] * 3).items()}),
         (["--method", "magnitude_prune", "--option", "density=0.3"], lambda d: trimmed_sum(d, 0.3)),
-        (["--method", "whitened_sum", "--option", "power=0.8"], lambda d: whitened_sum(d, 0.8)),
-        (["--method", "whitened_sum"], lambda d: whitened_sum(d, 0.5)),
+        (["--method", "whitened_sum", "--scale", 1, "--option", "power=0.8"], lambda d: whitened_sum(d, 0.8)),
+        (["--method", "whitened_sum"], lambda d: by_auto(whitened_sum(d, 0.5), d)),
+        (["--method", "cat", "--scale", "auto", "--weights", "1,0,-3"],
+         lambda d: by_auto(combined(d, [1, 0, -3]), [d[0], combined(d, [0, 0, 3])])),
         ([], lambda d: opcm(d, 0.5)), (["--alpha", 0.2], lambda d: opcm(d, 0.2)),
         (["--alpha", 0], lambda d: opcm(d, 0)),
         (["--alpha", 0.2, "--option", "variant=fusionbench"], lambda d: paper(d, 0.2, "fusionbench")),
@@ -201,13 +209,43 @@ def test_a_recipe_names_all_that_went_in(said, abc, tmp_path):
         "lora-opcm",
         "torch",
     }
+    parts = [lo.load_adapter(tmp_path / n) for n in "ba"]
+    call = {"alpha": 0.3, "variant": "fusionbench", "weights": [1, -2]}
+    size = lo.merge(parts, "opcm", scale=1, **call).norm()
+    factor = (parts[0].norm() + 2 * parts[1].norm()) / 2 / size
     assert recipe == {
         "recipe": 2, "format": "peft", "dtype": "float64", "output_sha256": digest("m"),
         "inputs": [{"name": n, "id": lo.load_adapter(tmp_path / n).id} for n in "ba"],
-        "merge": {"method": "opcm", "alpha": 0.3, "variant": "fusionbench", "rank": 3, "weights": [1, -2]},
+        "factor": pytest.approx(factor, rel=1e-12),
+        "merge": {"method": "opcm", "scale": "norm", "rank": 3} | call,
     }  # fmt: skip
     card = (tmp_path / "m" / "README.md").read_text()
     assert "- `b`\n- `a`\n" in card and "- alpha: 0.3\n" in card and "- weights: [1.0, -2.0]\n" in card
+    assert "- scale: norm\n" in card and f"- factor of the merged update: {factor:.6g}\n" in card
+
+
+def test_a_recipe_that_says_no_scale_is_from_before_auto(said, abc, tmp_path):
+    for method, scale in (("tsv", 1), ("opcm", "norm"), ("cat", 1)):
+        said("merge", "a", "b", "-o", "m", "--method", method, "--scale", scale, "--overwrite")
+        path = tmp_path / "m" / "merge_recipe.json"
+        old = json.loads(path.read_text())
+        del old["merge"]["scale"], old["factor"]
+        path.write_text(json.dumps(old))
+        said("verify", "a", "b", "--against", "m")
+
+
+def test_what_a_scale_came_to_is_said(said, abc, tmp_path):
+    told = said("merge", "a", "b", "c", "-o", "m", "--method", "tsv", "--rank", 2).err
+    merged, parts = lo.load_adapter(tmp_path / "m"), [lo.load_adapter(tmp_path / n) for n in "abc"]
+    plain = lo.merge(parts, "tsv", rank=2, scale=1).norm()
+    assert merged.norm() == pytest.approx(3**0.5 * np.mean([p.norm() for p in parts]))
+    assert f"norm {merged.norm():.4g} after a factor of {merged.norm() / plain:.4g};" in told
+    recipe = json.loads((tmp_path / "m" / "merge_recipe.json").read_text())
+    assert recipe["merge"]["scale"] == "auto" and recipe["factor"] == pytest.approx(merged.norm() / plain)
+    said("add", "s", "a", "b", "--method", "whitened_sum")
+    told = said("export", "s", "-o", "e").err
+    assert "after a factor of" in told and f"norm {2**0.5 * (parts[0].norm() + parts[1].norm()) / 2:.4g} " in told
+    assert "factor" not in said("merge", "a", "b", "-o", "n", "--method", "cat").err
 
 
 # -- verify --------------------------------------------------------------------------------------------------

@@ -169,13 +169,25 @@ def test_dry_run_prints_a_hand_count(said, abc, monkeypatch):
     """Ranks 4 + 5 + 3 in layers of 52 and 42 rows and columns together, float64; cut to 5."""
     monkeypatch.setattr(sys.modules[lo.plan.__module__], "calibrate", lambda: MACHINE)
     words = said("merge", *abc, "-o", "m", "--method", "cat", "--rank", 5, "--dry-run").out
-    assert "would merge 3 adapters, 2 modules, by {'method': 'cat', 'rank': 5}" in words
+    assert "would merge 3 adapters, 2 modules, by {'method': 'cat', 'scale': 1.0, 'rank': 5}" in words
     assert "summed rank up to 12, cut to 5" in words
     read, wrote = (52 + 42) * 12 * 8, (52 + 42) * 5 * 8
     assert f"would read {read / 1e6:.3g} MB" in words and f"write {wrote / 1e6:.3g} MB" in words
     assert "read 0.00902 MB" in words and "write 0.00376 MB" in words
     plan = lo.plan([lo.load_adapter(n) for n in abc], "cat", rank=5, machine=MACHINE)
     assert f"hold {plan.peak / 1e6:.3g} MB" in words and f"about {plan.seconds:.2g} s" in words
+
+
+def test_dry_run_says_what_auto_comes_to(said, abc, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules[lo.plan.__module__], "calibrate", lambda: MACHINE)
+    norms = [lo.load_adapter(tmp_path / n).norm() for n in abc]
+    for words, expected, times in (
+        ((), sum(norms) / 3 * 3**0.5, "1.73"),
+        (("--weights", "1,0,-3"), (norms[0] + 3 * norms[2]) / 2 * 2**0.5, "1.41"),
+    ):
+        out = said("merge", *abc, "-o", "m", "--method", "tsv", "--dry-run", *words).out
+        assert f"would scale to norm {expected:.4g}, {times} times the mean norm" in out
+    assert "would scale" not in said("merge", *abc, "-o", "m", "--dry-run").out
 
 
 def test_dry_run_heeds_the_dtype_of_the_output(said, abc, monkeypatch):

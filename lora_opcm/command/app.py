@@ -155,7 +155,10 @@ def merge_(
     alpha: Annotated[float | None, typer.Option(min=0, max=1, help="OPCM's threshold")] = None,
     scale: Annotated[
         str | None,
-        typer.Option(help="factor of the merged update; norm: the mean norm of the inputs, 2norm: twice that"),
+        typer.Option(
+            help="factor of the merged update; norm: the mean norm of the inputs, 2norm: twice that, auto: √T times"
+            " it for T inputs, at most twice; the method's own unless given"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="for methods that draw random masks")] = None,
     option: Annotated[list[str] | None, typer.Option(help="another option of the method, name=value")] = None,
@@ -180,13 +183,18 @@ def merge_(
     """
     from ..files import load_adapter
     from ..merging.merge import checked, merge
+    from ..merging.method import method_of
     from ..merging.shards import merge_shard
     from . import recipe
 
     options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
     options |= {"rank": rank, "energy": energy, "drop": drop}
     options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
-    call = {"method": method} | {name: v for name, v in options.items() if v is not None}
+    call: dict[str, Any] = {
+        "method": method,
+        "scale": method_of(method).scale,
+    }  # said in any case: a default may change
+    call |= {name: v for name, v in options.items() if v is not None}
     if weights is not None:
         try:
             call["weights"] = [float(w) for w in weights.split(",")]
@@ -220,8 +228,10 @@ def merge_(
 def _wrote(path: Path, merged) -> None:
     worst = max(merged.dropped, key=merged.dropped.get, default=None)
     lost = f"; the cut dropped at most {merged.dropped.get(worst, 0):.1%} of a module's squared norm ({worst})"
+    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
     note(
-        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}" + lost * (merged.dropped.get(worst, 0) > 1e-9)
+        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}"
+        + lost * (merged.dropped.get(worst, 0) > 1e-9)
     )
 
 
@@ -242,6 +252,7 @@ def _dry_run(
     dtype: "torch.dtype | None",
 ) -> int:
     from ..merging.plan import plan
+    from ..values import AUTO, factor, norms
     from . import recipe
 
     total: dict[str, int] = {}
@@ -251,6 +262,10 @@ def _dry_run(
     say(f"would merge {len(loaded)} adapters, {len(total)} modules, by {call}")
     rank = call.get("rank")
     say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
+    if call["scale"] == AUTO:
+        sizes = [abs(w) * a.norm() for w, a in zip(call.get("weights", [1.0] * len(loaded)), loaded, strict=True)]
+        times = norms(AUTO, sum(map(bool, sizes)))
+        say(f"would scale to norm {factor(AUTO, 1.0, sizes):.4g}, {times:.3g} times the mean norm of the adapters")
     planned = plan(loaded, call["method"], rank=rank, dtype=dtype)
     say(
         f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"

@@ -26,6 +26,7 @@ def card(adapter: Adapter, inputs: Sequence[str], call: Mapping) -> str:
         "merged by `lora-opcm` with",
         "",
         *(f"- {option}: {value}" for option, value in call.items() if value is not None),
+        f"- factor of the merged update: {adapter.factor:.6g}",
         "",
         f"`{RECIPE}` names the inputs by the hashes of their numbers and says what truncation dropped;",
         "`lora-opcm verify` repeats the merge and compares.",

@@ -20,8 +20,10 @@ from ..files.table import names_in
 from ..files.write import one_file
 from ..lowrank import LowRank
 from ..merging.merge import merge
+from ..merging.method import table
 from ..numerics import rounding
 from ..parallel import Progress
+from ..values import AUTO
 from .card import CARD, RECIPE, card
 
 
@@ -33,7 +35,7 @@ class Input(msgspec.Struct):
 
 
 class Recipe(msgspec.Struct, tag_field="recipe", tag=2):
-    """A merge: what went in, how, and what came out; `recipe` is the version of this layout."""
+    """A merge: what went in, how, what its scale came to, and what came out; `recipe` is the version of this layout."""
 
     inputs: list[Input]
     merge: dict[str, Any]
@@ -42,6 +44,7 @@ class Recipe(msgspec.Struct, tag_field="recipe", tag=2):
     dtype: DTypeName
     output_sha256: str
     versions: dict[str, str]
+    factor: float | None = None  # one from before it was said
 
 
 class Verdict(msgspec.Struct):
@@ -123,6 +126,7 @@ def write_merge(
             dtype=cast(DTypeName, str(dtype or merged.dtype).removeprefix("torch.")),
             output_sha256=bytes_hash(made),
             versions={name: version(name) for name in ("lora-opcm", "torch")},
+            factor=merged.factor,
         )
         text = msgspec.json.format(msgspec.json.encode(written), indent=1).decode()
         write_text(recipe_of(made), text + "\n")
@@ -210,7 +214,7 @@ def verify(
     adapters = [given[i.id] for i in found.inputs]
     wide = wide_enough(adapters, getattr(torch, found.dtype))
     try:
-        again = merge(adapters, progress=progress, dtype=wide, **found.merge)
+        again = merge(adapters, progress=progress, dtype=wide, **_old_scale(found.merge) | found.merge)
     except TypeError as error:
         raise AdapterError(f"{path}: the merge cannot be repeated: {error}") from None
     names = names_in(stored.format, again)
@@ -219,6 +223,12 @@ def verify(
     gap, worst = distance(stored, again)
     same_bytes = bytes_hash(against) == found.output_sha256
     return Verdict(gap <= allowed, same_bytes, gap, allowed, worst, str(path), found.output_sha256)
+
+
+def _old_scale(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe that says no scale meant: it is from before any method had "auto"."""
+    entry = table().get(call.get("method", ""))
+    return {"scale": 1.0} if entry and entry.scale == AUTO else {}
 
 
 def wide_enough(adapters: Sequence[Adapter], dtype: torch.dtype | None) -> torch.dtype | None:

@@ -66,7 +66,7 @@ def add(
         Sides | None, typer.Option(help="for a new state of whitened_sum: outputs (left), inputs (right) or both")
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help="for a new state: factor of the merged update, or norm, 2norm, …")
+        str | None, typer.Option(help="for a new state: factor of the merged update, or auto, norm, 2norm, …")
     ] = None,
     cap: Annotated[
         int | None,
@@ -126,7 +126,8 @@ def export(
         path = save_adapter(merged, output, format, overwrite, torch_dtype(dtype))
     except (ValueError, LinAlgError) as error:
         raise AdapterError(f"{state}: {error}") from error
-    note(f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}")
+    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
+    note(f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}")
 
 
 def remove(

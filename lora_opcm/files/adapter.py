@@ -74,6 +74,8 @@ class Adapter(Mapping[str, LowRank]):
         Where it was loaded from, for messages.
     dropped : dict of str to float
         Per module, the share of the squared norm that a merge's truncation cut off; empty for what was not merged.
+    factor : float
+        What the updates were multiplied by at the end of a merge, see its `scale`.
     """
 
     modules: dict[str, LowRank]
@@ -86,6 +88,7 @@ class Adapter(Mapping[str, LowRank]):
     dtype: torch.dtype = None  # type: ignore[assignment]  # the widest of the factors, see __post_init__
     source: str = "adapter"
     dropped: dict[str, float] = field(default_factory=dict)
+    factor: float = 1.0
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # of tensors: identity
 
@@ -151,7 +154,7 @@ class Adapter(Mapping[str, LowRank]):
         config = self.config
         if set(modules) != set(self.modules) and "target_modules" in config:
             config = config | {"target_modules": None}  # they no longer say which modules; saving lists them
-        return replace(self, modules=dict(modules), config=config, dropped={})
+        return replace(self, modules=dict(modules), config=config, dropped={}, factor=1.0)
 
     def regauge(self, seed: int = 0) -> "Adapter":
         """The updates in a random gauge, see `gauge.regauge`: the same to rounding."""

@@ -276,4 +276,4 @@ def level(adapter: Adapter) -> Adapter:
         return adapter
     rank = max((u.rank for u in adapter.values()), default=0)
     modules = {name: padded(u, rank) if u.rank < rank else u for name, u in adapter.items()}
-    return replace(adapter.with_modules(modules), dropped=adapter.dropped)
+    return replace(adapter.with_modules(modules), dropped=adapter.dropped, factor=adapter.factor)

@@ -11,7 +11,7 @@ import torch
 from ..files import Adapter, combine, dropping, level, load_adapter, matched, scaled, shapes_of
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
-from ..values import Energy, Limit, Scale, expect, norms
+from ..values import AUTO, Energy, Limit, Scale, expect, factor, norms
 from .core import Core
 from .method import Method, method_of
 from .space import SPACES, Merged, merge_module, side_by_side
@@ -47,18 +47,25 @@ class Part:
 
         Sums over modules are exactly rounded: they do not depend on how modules are shared out.
         """
+        if self.scale == AUTO:  # of what a cut left, of the whole adapter
+            left = [1 - self.adapter.dropped.get(name, 0.0) for name in self.sizes]
+            sizes = [[[size * x, *parts]] for x, [[size, *parts]] in zip(left, self.sizes.values(), strict=True)]
+            return math.prod(factor(AUTO, size, parts) for size, *parts in _norms(sizes))
         if (times := norms(self.scale)) is None:
             return float(self.scale)
-        factor = times
-        for group in zip(*self.sizes.values(), strict=True):
-            size, *parts = (math.sqrt(math.fsum(column)) for column in zip(*group, strict=True))
-            factor *= sum(parts) / len(parts) / size if size else 1.0
-        return factor
+        return times * math.prod(factor("norm", size, parts) for size, *parts in _norms(self.sizes.values()))
 
     def finish(self) -> Adapter:
         """Scaled, in the dtype of the inputs, at one rank."""
-        whole = replace(scaled(self.adapter, self.adapter.modules, self.factor), dropped=self.adapter.dropped)
+        by = self.factor
+        whole = replace(scaled(self.adapter, self.adapter.modules, by), dropped=self.adapter.dropped, factor=by)
         return whole if self.ragged else level(whole)
+
+
+def _norms(sizes: Iterable[list[list[float]]]) -> list[list[float]]:
+    """Per group, norms over all modules, from their squares module by module."""
+    groups = zip(*sizes, strict=True)
+    return [[math.sqrt(math.fsum(column)) for column in zip(*group, strict=True)] for group in groups]
 
 
 def merge(
@@ -90,7 +97,8 @@ def merge(
         One factor per adapter, applied to its update first; may be negative. 1 unless given.
     scale : float or str, optional
         Multiplies the merged adapter. "norm" gives it the mean norm of its parts, "2norm" twice that (before it is
-        cut). The method's own unless given.
+        cut); "auto" min(√T, 2) times that (after it is cut), T counting the adapters that are not zero, nor of weight
+        zero: a rule from measurements, not a theorem. The method's own unless given.
     rank, energy : optional
         Truncate the result to a rank, or to a share of its squared norm. None keeps it exact.
     dtype : torch.dtype, optional
@@ -118,7 +126,7 @@ def merge(
     Adapter
         On the CPU, in the balanced gauge; computed in float64 cores. Plain sums that are not cut (`cat`,
         `task_arithmetic`) are the stored factors side by side. `dropped` has, per module, the share of the squared norm
-        that truncation cut off.
+        that truncation cut off, and `factor` what the scale came to.
 
     Raises
     ------
@@ -161,7 +169,6 @@ def merge_part(
     for name in ("disjoint", "any_base", "drop"):
         options.pop(name, None)
     scale, shapes = entry.scale if scale is None else scale, shapes_of(adapters)
-    sized = norms(scale) is not None
     if plain := entry.plain and rank is None and energy is None:
         device = None  # there is no product to make
 
@@ -169,12 +176,12 @@ def merge_part(
         name, updates, core = item  # without a device, updates are made when a module's turn comes
         updates = updates or _updates(adapters, name, weights)
         if plain and sum(u.rank for u in updates) <= min(shapes[name]):
-            return side_by_side(updates, sized)
+            return side_by_side(updates, norms(scale) is not None)
         inside = core or SPACES[entry.space].enter(updates)
         cut = {"rank": rank, "energy": energy}
         if entry.largest and rank is None and energy is None:
             cut["rank"] = max(1, *(a.modules[name].rank for a in adapters if name in a.modules))
-        return merge_module(entry, inside, cut, sized, _local(options, entry, name))
+        return merge_module(entry, inside, cut, scale, _local(options, entry, name))
 
     found: dict[str, Merged] = {}
     if device is None:

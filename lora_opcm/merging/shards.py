@@ -69,6 +69,7 @@ def merge_shard(
         raise ValueError(f"expected a shard (index, count) with 0 ≤ index < count, got {shard}")
     part = merge_part(_own(adapters, shard, call), method, **call | {"disjoint": True, "drop": ()})
     said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
+    said["scale"] = part.scale
     content = Shard(
         shard=shard,
         call={k: str(v).removeprefix("torch.") if k == "dtype" else v for k, v in said.items()},

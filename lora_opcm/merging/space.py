@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..lowrank import LowRank, add
+from ..values import AUTO, norms
 from .core import Core
 from .method import Method
 
@@ -13,8 +14,8 @@ from .method import Method
 class Merged(NamedTuple):
     """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
 
-    `sizes` has, for every group (`lora_opcm` has two), the squared norm of the uncut sum, then those of its parts; it
-    is empty where the scale asks for no norms.
+    `sizes` has, for every group (the factors of `lora_opcm` are two), the squared norm of the uncut sum, then those of
+    its parts; it is empty where the scale asks for no norms.
     """
 
     update: LowRank
@@ -47,14 +48,14 @@ def _sizes_in_core(core: Core, found) -> list[list[float]]:
 
 
 def _sizes_of_updates(updates: list[LowRank], found) -> list[list[float]]:
-    return found[1] if isinstance(found, tuple) else [[u.norm() ** 2 for u in (found, *updates)]]
+    return [[u.norm() ** 2 for u in (found, *updates)]]
 
 
 SPACES = {
     "core": Space(Core.of, _leave_core, _sizes_in_core),
     "updates": Space(
         lambda updates: [u.wide() for u in updates],
-        lambda updates, found, *cut: (found[0] if isinstance(found, tuple) else found).truncate(*cut),
+        lambda updates, found, *cut: found.truncate(*cut),
         _sizes_of_updates,
     ),
     "dense": Space(
@@ -65,13 +66,18 @@ SPACES = {
 }
 
 
-def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], sized: bool, options: Mapping) -> Merged:
+def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], scale: float | str, options: Mapping) -> Merged:
     """The merge of one module, entered into the method's space already; `cut` has its rank and energy."""
     space, late = SPACES[method.space], dict(cut)
     early = {name: late.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
-    found = method.rule(inside, **options, **early)
+    found, groups = method.rule(inside, **options, **early), None
+    if method.space == "updates" and isinstance(found, tuple):
+        found, groups = found  # sizes of its own, of what is no update
     update, dropped = space.leave(inside, found, late.get("rank"), late.get("energy"))
-    return Merged(update.to("cpu"), dropped, space.sizes(inside, found) if sized else [])
+    if norms(scale) is None:
+        return Merged(update.to("cpu"), dropped, [])
+    sizes = space.sizes(inside, found) if groups is None or scale == AUTO else groups
+    return Merged(update.to("cpu"), dropped, sizes)
 
 
 def side_by_side(updates: Sequence[LowRank], sized: bool) -> Merged:

@@ -8,7 +8,7 @@ from ..lowrank import LowRank
 from ..merging.core import Core
 from ..merging.rules.factors import sides
 from ..merging.rules.projection import project
-from ..values import Gauge, Scale, Share
+from ..values import AUTO, Gauge, Scale, Share
 from ..values import norms as norms_of
 from .stream import State, Stream
 
@@ -65,9 +65,9 @@ class FactorMerger(Stream[Pair]):
 
     def _factor(self, updates: Mapping[str, LowRank]) -> float:
         """Each factor has a λ of its own."""
-        times = norms_of(self.scale)
+        times = None if self.scale == AUTO else norms_of(self.scale)
         if times is None:
-            return float(self.scale)
+            return super()._factor(updates)
         last = self.state.members[-1].record
         return times / (last["lambda left"] * last["lambda right"])
 

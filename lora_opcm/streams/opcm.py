@@ -21,8 +21,8 @@ class ContinualMerger(Stream[LowRank]):
         Share of the merged update's nuclear norm that is protected from new adapters.
     variant : {"paper", "fusionbench"}
         Two-sided cut, or the released code's block cut.
-    scale : "norm" or float
-        "norm" is the published rule, ‖M‖ = mean ‖Δ_t‖; a number is used instead, a different method.
+    scale : "norm", "auto" or float
+        "norm" is the published rule, ‖M‖ = mean ‖Δ_t‖; another, as in `merge`, is a different method.
     rank : int, optional
         Cap on the state's rank per module; what it cuts off is reported in `state.history`.
 

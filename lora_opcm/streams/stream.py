@@ -18,7 +18,7 @@ from ..files.bundle import FLOATS, DamagedError, damaged, load_bundle, save_bund
 from ..files.joint import lasting
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
-from ..values import expect_options, norms
+from ..values import AUTO, expect_options, factor
 
 S = TypeVar("S")  # what a stream keeps of one module
 
@@ -201,7 +201,7 @@ class Stream(ABC, Generic[S]):
         return self
 
     def adapter(self, rank: int | None = None, energy: float | None = None, ragged: bool = False) -> Adapter:
-        """The merged adapter, scaled, truncated if asked; `dropped` says what that cut off. `ragged` as in `merge`.
+        """The merged adapter, scaled, truncated if asked; `ragged`, `dropped` and `factor` are as in `merge`.
 
         Raises
         ------
@@ -213,16 +213,15 @@ class Stream(ABC, Generic[S]):
         updates = {module: self.export(kept) for module, kept in self.state.modules.items()}
         cut = parallel_map(lambda u: u.truncate(rank, energy), updates.values())
         dropped = {name: share for name, (_, share) in zip(updates, cut, strict=True)}
-        merged = scaled(self.like, {n: u for n, (u, _) in zip(updates, cut, strict=True)}, self._factor(updates))
-        merged = replace(merged, dropped=dropped, metadata=lasting(self.like.metadata, self.state.names))
+        short = {name: update for name, (update, _) in zip(updates, cut, strict=True)}
+        by = self._factor(short if self.options.get("scale") == AUTO else updates)
+        metadata = lasting(self.like.metadata, self.state.names)
+        merged = replace(scaled(self.like, short, by), dropped=dropped, factor=by, metadata=metadata)
         return merged if ragged else level(merged)
 
     def _factor(self, updates: Mapping[str, LowRank]) -> float:
-        scale = self.options.get("scale", 1.0)
-        if (times := norms(scale)) is None:
-            return float(scale)
         size = sum(u.norm() ** 2 for u in updates.values()) ** 0.5
-        return times * sum(self.state.norms) / len(self.state.norms) / size if size else 1.0
+        return factor(self.options.get("scale", 1.0), size, self.state.norms)
 
     def _shaped(self, like: Adapter, state: State[S]) -> Adapter:
         """The metadata with updates of rank 0: their names and shapes."""

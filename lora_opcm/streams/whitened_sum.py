@@ -7,7 +7,7 @@ from torch import Tensor
 from ..lowrank import LowRank
 from ..merging.rules.frames import Sums, refuse_flat
 from ..numerics import nonzero_svd, working_dtype
-from ..values import Limit, Scale, Share, Sides
+from ..values import AUTO, Limit, Scale, Share, Sides
 from .stream import State, Stream
 
 PARTS = ("left", "right", "S", "L", "R")
@@ -23,15 +23,15 @@ class SumMerger(Stream[Sums]):
     cap : int, optional
         Directions a module's state keeps on either side. None keeps all: the state then grows with the rank
         of the stream, up to the size of the layer, and the result does not depend on the order.
-    scale : float or "norm"
-        Factor of the merged update.
+    scale : float, "auto" or "norm"
+        Factor of the merged update, as in `merge`.
     sides : {"both", "left", "right"}
         Which are whitened: outputs (left), inputs (right), or both. The state holds all three sums in any case.
     """
 
     kind = "whitened_sum"
 
-    def __init__(self, power: Share = 0.5, cap: Limit = None, scale: Scale = 1.0, sides: Sides = "both"):
+    def __init__(self, power: Share = 0.5, cap: Limit = None, scale: Scale = AUTO, sides: Sides = "both"):
         super().__init__(power=power, cap=cap, scale=scale, sides=sides)
         refuse_flat(power, cap, sides)
 

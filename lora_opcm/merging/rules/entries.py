@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import nonzero_svd
-from ...values import Density, Seed
+from ...values import AUTO, Density, Seed
 from ..core import Core
 from ..method import merge_method
 
@@ -38,7 +38,7 @@ def elect(parts: Sequence[Tensor]) -> Tensor:
     return (stack * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-@merge_method("ties", space="dense", source="Yadav et al., arXiv 2306.01708", keeps="dense sums")
+@merge_method("ties", space="dense", source="Yadav et al., arXiv 2306.01708", keeps="dense sums", scale=AUTO)
 def ties(deltas: list[Tensor], density: Density = 0.2) -> Tensor:
     """Trim small entries (per module, as peft does; the paper trims the whole task vector), elect, average."""
     return elect([trim(d, density) for d in deltas])
@@ -51,7 +51,9 @@ def dare(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> Tensor
     return sum((drop(d, density, generator) for d in deltas), torch.zeros_like(deltas[0]))
 
 
-@merge_method("dare_ties", space="dense", source="Yu et al., arXiv 2311.03099", keeps="dense sums", ordered=True)
+@merge_method(
+    "dare_ties", space="dense", source="Yu et al., arXiv 2311.03099", keeps="dense sums", ordered=True, scale=AUTO
+)
 def dare_ties(deltas: list[Tensor], density: Density = 0.5, seed: Seed = 0) -> Tensor:
     """DARE, then sign election."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +66,7 @@ def magnitude_prune(deltas: list[Tensor], density: Density = 0.5) -> Tensor:
     return sum((trim(d, density) for d in deltas), torch.zeros_like(deltas[0]))
 
 
-@merge_method("magmax", space="dense", source="Marczak et al., arXiv 2407.06322", keeps="dense sums")
+@merge_method("magmax", space="dense", source="Marczak et al., arXiv 2407.06322", keeps="dense sums", scale=AUTO)
 def magmax(deltas: list[Tensor]) -> Tensor:
     """Of every entry, the value of largest magnitude among the updates: ΔWₜ[i, j] with t = argmaxₜ |ΔWₜ[i, j]|.
 
@@ -83,14 +85,14 @@ def canonical(core: Core) -> tuple[Tensor, list[Tensor], Tensor]:
     return left, [left.mT @ c @ right for c in cores], right
 
 
-@merge_method("core_ties", source="Core Space, arXiv 2509.17786")
+@merge_method("core_ties", source="Core Space, arXiv 2509.17786", scale=AUTO)
 def core_ties(core: Core, density: Density = 0.5) -> Tensor:
     """TIES on the entries of the cores."""
     left, parts, right = canonical(core)
     return left @ elect([trim(c, density) for c in parts]) @ right.mT
 
 
-@merge_method("core_dare_ties", source="Core Space, arXiv 2509.17786", ordered=True)
+@merge_method("core_dare_ties", source="Core Space, arXiv 2509.17786", ordered=True, scale=AUTO)
 def core_dare_ties(core: Core, density: Density = 0.5, seed: Seed = 0) -> Tensor:
     """DARE, then sign election, on the entries of the cores."""
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +100,7 @@ def core_dare_ties(core: Core, density: Density = 0.5, seed: Seed = 0) -> Tensor
     return left @ elect([drop(c, density, generator) for c in parts]) @ right.mT
 
 
-@merge_method("knots_ties", source="Stoica et al., arXiv 2410.19735")
+@merge_method("knots_ties", source="Stoica et al., arXiv 2410.19735", scale=AUTO)
 def knots_ties(core: Core, density: Density = 0.5) -> tuple[Tensor, Tensor]:
     """[ΔW₁ … ΔW_T] = U Σ [V₁ᵀ … V_Tᵀ]; TIES on the entries of the Vₜ, in the coordinates of the layer's inputs.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...values import Limit, Share, Sides
+from ...values import AUTO, Limit, Share, Sides
 from ..core import Core
 from ..method import merge_method
 
@@ -37,7 +37,7 @@ def polar(x: Tensor) -> Tensor:
     return u[:, :k] @ vh[:k]
 
 
-@merge_method("tsv", source="Gargiulo et al., arXiv 2412.00081", keeps="three sums")
+@merge_method("tsv", source="Gargiulo et al., arXiv 2412.00081", keeps="three sums", scale=AUTO)
 def tsv(core: Core, directions: Limit = None) -> Tensor:
     """Stack the leading singular frames of all tasks, whiten both stacks, put the spectra back."""
     frames = [(u[:, :directions], s[:directions], vh[:directions]) for u, s, vh in core.frames()]
@@ -45,7 +45,7 @@ def tsv(core: Core, directions: Limit = None) -> Tensor:
     return (polar(u) * s) @ polar(v).mT
 
 
-@merge_method("whitening", source="this package", keeps="all directions", ordered=True)
+@merge_method("whitening", source="this package", keeps="all directions", ordered=True, scale=AUTO)
 def whitening(core: Core) -> Tensor:
     """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra."""
     left, spectrum, right = core.frames()[0]
@@ -56,7 +56,7 @@ def whitening(core: Core) -> Tensor:
     return (left * spectrum) @ right.mT
 
 
-@merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums")
+@merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO)
 def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None, sides: Sides = "both") -> Tensor:
     """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. One side alone needs two sums. See above.
 
@@ -83,9 +83,9 @@ def refuse_flat(power: float, cap: int | None, sides: str = "both") -> None:
         )
 
 
-@merge_method("pico", source="after Tang and Yang, arXiv 2604.16826", keeps="three sums")
+@merge_method("pico", source="after Tang and Yang, arXiv 2604.16826", keeps="three sums", scale=AUTO)
 def pico(core: Core) -> Tensor:
-    """The sum, with the output directions that many adapters share scaled down, as large as the adapters on average.
+    """The sum, with the output directions that many adapters share scaled down; each module in its mean size.
 
     U diag(a) Uᵀ Σ ΔWₜ with U and σ of [ΔW₁ … ΔW_T] and aᵢ = 1 / (1 + (T − 1) σᵢ² / ‖σ‖²); then every module gets the
     mean norm of the T updates that are not zero there. Two sums are needed, Σ ΔWₜ and Σ ΔWₜΔWₜᵀ. The paper has

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...values import Share
+from ...values import AUTO, Share
 from ..core import Core
 from ..method import merge_method
 
 TINY = 1e-12  # relative; an eigenvalue below it is rounding
 
 
-@merge_method("wudi", source="Cheng et al., arXiv 2503.08099, in closed form", keeps="three sums")
+@merge_method("wudi", source="Cheng et al., arXiv 2503.08099, in closed form", keeps="three sums", scale=AUTO)
 def wudi(core: Core, ridge: Share = 0.01) -> Tensor:
     """The update that interferes least: it does to the inputs of every task what that task does, near the sum.
 
@@ -30,7 +30,7 @@ def wudi(core: Core, ridge: Share = 0.01) -> Tensor:
     return least_interference(core, weights, core.total(), ridge)
 
 
-@merge_method("actmat", source="Abdel Hameed et al., arXiv 2604.01329", keeps="three sums")
+@merge_method("actmat", source="Abdel Hameed et al., arXiv 2604.01329", keeps="three sums", scale=AUTO)
 def actmat(core: Core, ridge: Share = 0.0) -> Tensor:
     """RegMean with no data: the Gram matrix of the inputs of a task is estimated by ΔWᵀΔW of its update.
 
@@ -58,7 +58,11 @@ def least_interference(core: Core, weights: Sequence[float], near: Tensor, ridge
 
 
 @merge_method(
-    "dop", source="after Dual Projections, NeurIPS 2025 (OpenReview zD5cUX67b9)", keeps="one sum", ordered=True
+    "dop",
+    source="after Dual Projections, NeurIPS 2025 (OpenReview zD5cUX67b9)",
+    keeps="one sum",
+    ordered=True,
+    scale=AUTO,
 )
 def dop(core: Core, alpha: Share = 0.8) -> Tensor:
     """One adapter at a time: the update that does what the merged one does and what the new one does, on both sides.

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
-from ...values import Density, Energy, Limit, Share
+from ...values import AUTO, Density, Energy, Limit, Share
 from ..core import Core
 from ..method import merge_method
 from .frames import polar
 
 
-@merge_method("iso_c", source="Marczak et al., arXiv 2502.04959", keeps="one sum")
+@merge_method("iso_c", source="Marczak et al., arXiv 2502.04959", keeps="one sum", scale=AUTO)
 def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Tensor:
     """The sum, cut to `rank`, with its spectrum made flat: U σ̄ Vᵀ, σ̄ the mean of the singular values kept.
 
@@ -20,7 +20,7 @@ def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Tensor:
     return (s.mean() if len(s) else 0.0) * u @ vh
 
 
-@merge_method("iso_cts", source="Marczak et al., arXiv 2502.04959")
+@merge_method("iso_cts", source="Marczak et al., arXiv 2502.04959", scale=AUTO)
 def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy = None) -> Tensor:
     """Iso-C on the leading share `common` of the sum's directions and the leading residual ones of each task.
 
@@ -41,7 +41,7 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
     return mean * polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).mT
 
 
-@merge_method("subspace_boosting", source="Skorobogat et al., arXiv 2506.16506", keeps="one sum")
+@merge_method("subspace_boosting", source="Skorobogat et al., arXiv 2506.16506", keeps="one sum", scale=AUTO)
 def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy: Energy = None) -> Tensor:
     """The sum, cut to `rank`, with its small singular values raised: to the first by which a share `beta` is reached.
 
@@ -55,7 +55,7 @@ def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy:
     return (u * s.clamp_min(s[min(below, len(s) - 1)] if len(s) else 0.0)) @ vh
 
 
-@merge_method("svc", source="Li et al., arXiv 2602.05536")
+@merge_method("svc", source="Li et al., arXiv 2602.05536", scale=AUTO)
 def svc(core: Core, alpha: Density = 1.0) -> Tensor:
     """Singular value calibration: the sum, with the directions of outputs that it counts several times scaled down.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import geometry
 from ...numerics import RTOL_SINGLE
-from ...values import Count, Density, Limit, Rule
+from ...values import AUTO, Count, Density, Limit, Rule
 from ..core import Core
 from ..method import merge_method
 from .entries import canonical, elect, trim
@@ -85,7 +85,7 @@ def quotient_mean(core: Core, k: Limit = None, steps: Count = 50) -> Tensor:
     return mean[:p] @ mean[p:].mT
 
 
-@merge_method("ctm", source="Compress then Merge, arXiv 2606.03723")
+@merge_method("ctm", source="Compress then Merge, arXiv 2606.03723", scale=AUTO)
 def ctm(core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5) -> Tensor:
     """Compress, then merge: shared k-dimensional subspaces of most energy, then a rule on k×k coordinates."""
     k = k or max(f.rank for f in core.factors)
