@@ -8,7 +8,7 @@ from ..lowrank import LowRank
 from ..merging.core import Core
 from ..merging.rules.frames import whitening
 from ..numerics import working_dtype
-from ..values import Limit, Scale
+from ..values import AUTO, Limit, Scale
 from .stream import State, Stream
 
 
@@ -22,13 +22,13 @@ class WhiteningMerger(Stream[LowRank]):
     ----------
     rank : int, optional
         Cap on the state's rank per module; what it cuts off is reported in `state.history`.
-    scale : number or str
+    scale : float, "auto" or "norm"
         As in `merge`; the norms of the adapters are kept.
     """
 
     kind = "whitening"
 
-    def __init__(self, rank: Limit = None, scale: Scale = "2norm"):
+    def __init__(self, rank: Limit = None, scale: Scale = AUTO):
         super().__init__(rank=rank, scale=scale)
 
     def grow(self, kept: LowRank | None, update: LowRank) -> tuple[LowRank, dict[str, float]]:

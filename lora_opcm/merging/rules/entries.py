@@ -68,7 +68,7 @@ def magnitude_prune(deltas: list[Tensor], density: Density = 0.5) -> Tensor:
 
 @merge_method("magmax", space="dense", source="Marczak et al., arXiv 2407.06322", keeps="dense sums", scale=AUTO)
 def magmax(deltas: list[Tensor]) -> Tensor:
-    """Of every entry, the value of largest magnitude among the updates: ΔWₜ[i, j] with t = argmaxₜ |ΔWₜ[i, j]|.
+    """Of every entry, the value of largest magnitude among the updates.
 
     The rule of the paper, which trains its updates one after the other; ours are as they are given. Of two values of
     one magnitude its code takes the later and we the positive one, so that no order matters. One dense matrix is kept.
