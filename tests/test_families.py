@@ -7,25 +7,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
 import lora_opcm as lo
-from lora_opcm.lab import AssetError
+from lora_opcm.lab import AssetError, evaluation, training
 from lora_opcm.lab.attach import applied, attached, fitted
 from lora_opcm.lab.bases import causal, family, load
 from lora_opcm.lab.bases.tiny import tiny as make
 from lora_opcm.lab.evaluation import Evaluator
 from lora_opcm.lab.experiments import adapters
-from lora_opcm.lab.tasks import load_named, load_prompts, load_vision_task
+from lora_opcm.lab.tasks import Task, load_named, load_prompts, load_vision_task
 from lora_opcm.lab.tasks.hub import GLUE
 from lora_opcm.lab.tasks.prompts import PROMPTED
 from lora_opcm.lab.tasks.vision import VISION
@@ -115,6 +116,39 @@ def test_batched_evaluation_of_images_equals_one_at_a_time(tiny, clip):
             int((clip.embed(clip.model, clip.collate([features[i]])) @ head.T).argmax()) for i in range(len(features))
         ]
     assert np.array_equal(np.array(one) == np.array(task["test"]["label"][:]), batched)
+
+
+def random_task(name, count=40):
+    """Texts of all lengths with labels that say nothing of them; half of the answers will be right."""
+    rng, splits = np.random.default_rng(len(name)), {}
+    for split, size in (("train", count), ("validation", count // 4), ("test", count)):
+        texts = [" ".join(rng.choice(["river", "cloud", "stone"], rng.integers(1, 12))) + f" {split} {i}"
+                 for i in range(size)]  # fmt: skip
+        splits[split] = Dataset.from_dict({"text": texts, "label": rng.integers(2, size=size).tolist()})
+    return Task(name, ("r", "c"), ("About a river.", "The clouds of summer, high."), DatasetDict(splits))
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_scale_is_of_the_adapter_and_answers_are_in_the_order_of_the_texts(tiny, monkeypatch, remember, tmp_path):
+    """In small batches, sorted by length and kept from one adapter to the next."""
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 64)
+    data, base = [random_task("one"), random_task("three", 20)], load(str(tiny / "tiny-bert"))
+    evaluator = Evaluator(data, base=str(tiny / "tiny-bert"))
+    evaluator.memory = tmp_path if remember else None
+    adapter, found, heads = random_adapter(base.model, base.targets), {}, {t.name: base.head(t) for t in data}
+    for scale in (1.0, -3.0, 0.25):
+        found[scale] = evaluator.correct(adapter, ["three", "one"], scale=scale)
+        assert list(found[scale]) == ["three", "one"]
+        again = evaluator.correct(scale * adapter)
+        for task in data:
+            with torch.inference_mode(), applied(base.model, scale * adapter):
+                one = [base.embed(base.model, base.collate([ids])) for ids in base.encode(task, "test")]
+                answers = (torch.cat(one) @ heads[task.name].T).argmax(-1)
+            expected = answers.numpy() == np.array(task["test"]["label"][:])
+            assert np.array_equal(found[scale][task.name], expected), (scale, task.name)
+            assert np.array_equal(again[task.name], expected)
+    assert len({b["one"].tobytes() for b in found.values()}) == 3  # the scale matters here
+    assert len(evaluator._batches("one")) > 3
 
 
 # -- adapters on bases ------------------------------------------------------------------------------------
@@ -312,6 +346,88 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny):
     protocol = Protocol(base=str(tiny / "tiny-bert"), batch_size=16, device_batch=5)
     with pytest.raises(ValueError, match="a batch of 16 cannot be shared by 1 processes, 5 examples at once"):
         train_adapter(load_named("rte", str(tiny / "data")), tiny / "run", protocol, quiet=True)
+
+
+# -- what is learnt from, and what chooses ----------------------------------------------------------------
+
+
+def shown(part):
+    """Texts and labels as a trainer gets them."""
+    return [part[i] for i in range(len(part))]
+
+
+class Reads:
+    """A base whose features are the texts."""
+
+    family = "encoder"
+
+    def encode(self, task, split):
+        return task[split]["text"][:]
+
+
+@pytest.mark.parametrize("count, held", [(40, 4), (49, 4), (2000, 200), (2500, 200)])
+def test_a_tenth_of_the_training_texts_chooses_the_checkpoint_and_trains_nothing(count, held):
+    task = random_task("one", count)
+    train, held_out = map(shown, training._encode(Reads(), task, Protocol(checkpoint="train")))
+    rows = list(zip(task["train"]["text"], task["train"]["label"]))
+    assert train + held_out == rows and len(held_out) == held  # nothing is lost or stands in both
+    train, held_out = map(shown, training._encode(Reads(), task, Protocol()))
+    assert train == rows and held_out == list(zip(task["validation"]["text"], task["validation"]["label"]))
+
+
+def test_shuffled_labels_are_the_same_labels_on_other_texts():
+    task = random_task("one", 200)
+    texts, labels = zip(*shown(training._encode(Reads(), task, Protocol(shuffled=True))[0]))
+    assert list(texts) == task["train"]["text"][:] and sorted(labels) == sorted(task["train"]["label"])
+    assert 0.35 < np.mean(np.array(labels) == np.array(task["train"]["label"])) < 0.65
+    held = shown(training._encode(Reads(), task, Protocol(shuffled=True))[1])
+    assert held == list(zip(task["validation"]["text"], task["validation"]["label"]))
+    parts = training._encode(Reads(), task, Protocol(shuffled=True, checkpoint="train"))
+    assert [row for part in parts for row in shown(part)] == list(zip(texts, labels))
+    assert shown(training._encode(Reads(), task, Protocol(shuffled=True, seed=1))[0]) != list(zip(texts, labels))
+
+
+def test_training_never_looks_at_validation_or_held_out_texts(tiny, tmp_path, monkeypatch):
+    seen, plain = {True: [], False: []}, training.HeadTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, **rest):
+        ids = (row[mask].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool()))
+        seen[model.training] += map(tuple, ids)
+        return plain(self, model, inputs, **rest)
+
+    monkeypatch.setattr(training.HeadTrainer, "compute_loss", compute_loss)
+    task, base = random_task("one", 60), str(tiny / "tiny-bert")
+    train_adapter(task, tmp_path, Protocol(base=base, checkpoint="train", steps=8, evaluate_every=4), quiet=True)
+    texts = [tuple(ids) for ids in load(base).encode(task, "train")]
+    assert set(seen[True]) == set(texts[:54]) and set(seen[False]) == set(texts[54:])
+
+
+def test_one_start_is_one_random_a_for_all_tasks(tiny, tmp_path):
+    """With a learning rate of 0 an adapter is what it starts from."""
+    found = []
+    for name in ("one", "three"):
+        protocol = Protocol(base=str(tiny / "tiny-bert"), one_start=True, learning_rate=0.0, steps=1, evaluate_every=1)
+        model = train_adapter(random_task(name), tmp_path / name, protocol, quiet=True)
+        found.append(next(w for n, w in model.named_parameters() if "lora_A" in n).detach())
+    assert torch.equal(*found) and found[0].std() > 0
+    starts = {Protocol(one_start=o, seed=s).start(t) for o in (True, False) for s in (0, 1) for t in "ab"}
+    assert len(starts) == 6
+
+
+@pytest.mark.parametrize("groups", [None, (0, 0, 1, 1, 1)])
+def test_a_text_competes_for_the_labels_of_its_own_task(groups, generator):
+    z, head = torch.randn(6, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    base = SimpleNamespace(scale=2.0, embed=lambda model, inputs: z)
+    trainer = SimpleNamespace(base=base, head=head, groups=groups and torch.tensor(groups))
+    loss, found = training.HeadTrainer.compute_loss(trainer, None, {"labels": labels}, return_outputs=True)
+    expected = []
+    for text, label in zip(z, labels.tolist()):
+        against = [j for j in range(5) if groups is None or groups[j] == groups[label]]
+        logits = {j: 2 * float(text @ head[j]) for j in against}
+        expected.append(np.log(sum(np.exp(list(logits.values())))) - logits[label])
+        assert int(found["logits"][len(expected) - 1].argmax()) == max(logits, key=logits.get)
+    assert float(loss) == pytest.approx(np.mean(expected), rel=1e-5) and torch.equal(found["loss"], loss)
 
 
 @pytest.mark.parametrize("name, kind, count", [("one", "NO", 1), ("many", "MULTI_GPU", 4), ("fsdp", "FSDP", 4)])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import msgspec
@@ -21,6 +22,7 @@ from lora_opcm.lab.attach import applied
 from lora_opcm.lab.bases.encoder import embed, head, load_base, pad, tokenise
 from lora_opcm.lab.evaluation import Evaluator, summarise
 from lora_opcm.lab.experiments.results import save_results
+from lora_opcm.lab.tasks import joint_task, small_tasks
 from lora_opcm.lab.training import Protocol, save_adapter_half, train_adapter
 
 MANIFEST = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())
@@ -34,6 +36,37 @@ def test_splits_are_disjoint_and_as_the_manifest_says():
         assert not texts["train"] & texts["validation"], name
         assert set(task["train"]["label"]) == set(range(len(task.labels))), name
         assert task.sha256 == MANIFEST[name]["data_sha256"], name
+
+
+def test_the_joint_task_has_every_text_with_the_sentence_of_its_label():
+    joint, parts = joint_task(), [load_task(name) for name in tasks()]
+    for label, sentence, group in zip(joint.labels, joint.sentences, joint.groups, strict=True):
+        assert (label, sentence) in zip(parts[group].labels, parts[group].sentences)
+    assert joint.groups == tuple(i for i, part in enumerate(parts) for _ in part.labels)
+
+    def told(task, split, group):
+        for text, k in zip(task[split]["text"], task[split]["label"], strict=True):
+            yield text, task.labels[k], task.sentences[k], group(k)
+
+    for split in ("train", "validation", "test"):
+        found = list(told(joint, split, lambda k: joint.groups[k]))
+        apart = [row for i, part in enumerate(parts) for row in told(part, split, lambda k, i=i: i)]
+        assert Counter(found) == Counter(apart) and found != apart, split  # mixed: a tenth is held out of the end
+
+
+def test_small_tasks_share_no_class_and_no_text_of_a_split():
+    seen = Counter()
+    for name in small_tasks():
+        task, source = load_task(name), name.rsplit("-", 1)[0]
+        seen.update((source, label) for label in task.labels)
+        texts = [set(task[split]["text"]) for split in ("train", "validation", "test")]
+        assert sum(map(len, texts)) == len(set.union(*texts)) and all(texts), name
+        assert set(task["train"]["label"]) == set(task["test"]["label"]) == set(range(len(task.labels))), name
+        if source in tasks():
+            whole = load_task(source)
+            words = dict(zip(whole.labels, whole.sentences))
+            assert all(words[label] == sentence for label, sentence in zip(task.labels, task.sentences)), name
+    assert len(small_tasks()) == 20 and set(seen.values()) == {1}
 
 
 def test_hub_task_reads_a_folder_from_disk(tmp_path):

@@ -37,8 +37,8 @@ class Known(Remembering):
     def __init__(self, tasks, table):
         self.tasks, self.table, self.asked = dict.fromkeys(tasks), table, []
 
-    def _correct(self, adapter, names, progress):
-        size = None if adapter is None else round(adapter.norm(), 6)
+    def _correct(self, adapter, names, progress, scale):
+        size = None if adapter is None else round(scale * adapter.norm(), 6)
         self.asked.append((size, tuple(names)))
         return {n: self.table(size, n) for n in names}
 
@@ -149,6 +149,10 @@ def test_memory_asks_once_for_every_content(tmp_path):
     test.fast, test.asked = True, []
     test.correct(sized(2.0), ["x"])
     assert test.asked == [(2, ("x",))]
+    test.asked = []
+    for _ in range(2):  # a scale is content, too
+        assert test.correct(sized(2.0), ["x"], scale=1.5)["x"][0] == 3
+    assert test.asked == [(3, ("x",))]
 
 
 # -- tables and files ----------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ from lora_opcm.lab.experiments.trials import Entry, bake
 
 class Sizes(Remembering):
     fast, tasks = False, {"a": None, "b": None}
-    def _correct(self, adapter, names, progress):
-        return dict.fromkeys(names, 0.0 if adapter is None else adapter.norm())
+    def _correct(self, adapter, names, progress, scale):
+        return dict.fromkeys(names, 0.0 if adapter is None else scale * adapter.norm())
 
 found = bake(Sizes(), {n: lo.load_adapter(n) for n in "ab"}, [Entry("P", "portion", {"share": 0.5})])
 assert abs(found["P"]["a"] - lo.merge("a", "b", method="cat", scale=0.5).norm()) < 1e-5

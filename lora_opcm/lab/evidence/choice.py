@@ -5,6 +5,7 @@ went in (`ratio`). The grid is geometric and the same for every method: 2^(step/
 either end until the best is inside.
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
@@ -13,6 +14,7 @@ import numpy as np
 START = range(-2, 5)  # steps: ratios ½, 1/√2, 1, √2, 2, 2√2, 4
 ENDS = (-8, 10)
 RESAMPLES = 1000
+DIGITS = 9  # of a score: two that differ by less are equal
 Candidate = tuple[int, int]  # which options of the row, and the step of the scale
 
 
@@ -22,17 +24,38 @@ def ratio(step: int) -> float:
 
 
 @cache
-def weights(sizes: tuple[int, ...], seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Weights of texts in a mean over tasks, shape=[1 + resamples, texts]; the first row is no resample.
+def draws(task: str, count: int, split: str) -> np.ndarray:
+    """How often each text of a task counts, shape=[1 + resamples, texts]; the first row is no resample.
 
-    Texts are drawn with replacement inside each task. The same sizes and seed give the same draws, so what is
-    compared is compared on the same texts.
+    Texts are drawn with replacement inside the task, and the same ones wherever it occurs: what is compared is compared
+    on the same texts, whatever other tasks stand beside them and in whatever order.
     """
-    rng, parts = np.random.default_rng(seed), []
-    for n in sizes:
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-        parts.append(np.concatenate([np.ones((1, n), int), drawn]) / n / len(sizes))
-    return np.concatenate(parts, 1).astype(np.float32)
+    rng = np.random.default_rng(zlib.crc32(task.encode()) + (split == "validation"))
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return np.concatenate([np.ones((1, count)), drawn]).astype(np.float32)
+
+
+def shares(bits: np.ndarray, tasks: Sequence[str], sizes: Sequence[int], split: str) -> np.ndarray:
+    """The share of right texts of each task, shape=[1 + resamples, tasks, candidates].
+
+    Whole numbers are counted, which single precision does exactly: no machine breaks a tie that another does not.
+
+    Parameters
+    ----------
+    bits : bool array, shape=[texts, candidates], in the order of the tasks
+    sizes : texts of each task
+    """
+    found, start = [], 0
+    for task, count in zip(tasks, sizes, strict=True):
+        right = draws(task, count, split) @ bits[start : start + count].astype(np.float32)
+        found.append(right.astype(float) / count)
+        start += count
+    return np.stack(found, 1)
+
+
+def score(bits: np.ndarray, sizes: Sequence[int]) -> float:
+    """The share of right texts, averaged over tasks; rounded, so that equal ones are equal."""
+    return round(float(np.mean([part.mean() for part in np.split(bits, np.cumsum(sizes)[:-1])])), DIGITS)
 
 
 def search(score: Callable[[int, int], float], options: int) -> dict[Candidate, float]:
@@ -59,14 +82,14 @@ def search(score: Callable[[int, int], float], options: int) -> dict[Candidate, 
 def best(scores: Mapping[Candidate, float]) -> Candidate:
     """The candidate of the highest score; of several, the middle one of the options that have most of them."""
     top = max(scores.values())
-    tied = [c for c, value in scores.items() if value >= top - 1e-9]
-    options = max({i for i, _ in tied}, key=lambda i: sum(i == j for j, _ in tied))
+    tied = [c for c, value in scores.items() if value == top]
+    options = max(sorted({i for i, _ in tied}), key=lambda i: sum(i == j for j, _ in tied))
     steps = sorted(k for i, k in tied if i == options)
     return options, steps[len(steps) // 2]
 
 
-def chosen(right: Mapping[Candidate, np.ndarray], sizes: Sequence[int], seed: int = 1) -> list[Candidate]:
-    """What validation texts choose: first from all of them, then from every resample.
+def chosen(right: Mapping[Candidate, np.ndarray], tasks: Sequence[str], sizes: Sequence[int]) -> list[Candidate]:
+    """What validation texts choose: first from all of them, then from every resample, by the same rule.
 
     Parameters
     ----------
@@ -74,7 +97,9 @@ def chosen(right: Mapping[Candidate, np.ndarray], sizes: Sequence[int], seed: in
     sizes : texts of each task
     """
     names = list(right)
-    scores = weights(tuple(sizes), seed) @ np.stack([right[c] for c in names]).T.astype(np.float32)  # (1 + B, C)
+    bits = np.stack([right[c] for c in names], 1)
+    scores = shares(bits, tasks, sizes, "validation").mean(1).round(DIGITS)  # (1 + B, candidates)
     picked = [names[j] for j in scores.argmax(1)]
-    picked[0] = best(dict(zip(names, scores[0].tolist(), strict=True)))
+    for j in np.flatnonzero((scores == scores.max(1, keepdims=True)).sum(1) > 1):
+        picked[j] = best(dict(zip(names, scores[j].tolist(), strict=True)))
     return picked

@@ -95,7 +95,15 @@ class Outcome:
     @cached_property
     def picked(self) -> list[Candidate]:
         """The candidate that validation texts choose, and those that each resample of them chooses."""
-        return chosen(self.validation, self.sizes["validation"]) if self.validation else [next(iter(self.test))]
+        if not self.validation:
+            return [next(iter(self.test))]
+        about = self.trial.tasks, self.sizes["validation"]
+        picked = chosen(self.validation, *about)
+        if all(c in self.test for c in picked):
+            return picked
+        # What a resample alone chose may not have been tested; the best that was stands for it.
+        tested = chosen({c: bits for c, bits in self.validation.items() if c in self.test}, *about)
+        return [c if c in self.test else other for c, other in zip(picked, tested, strict=True)]
 
     def line(self) -> str:
         """As one line of JSON."""
@@ -127,6 +135,13 @@ def read_lines(path: Path | str) -> Iterator[Outcome]:
                 yield Outcome.of_line(line)
             except ValueError:  # the run was cut while it wrote
                 return
+
+
+def cut(path: Path) -> None:
+    """Remove a last line that was cut short: what is appended would only make it longer."""
+    if path.exists():
+        with open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write(path: Path | str, outcomes: Iterable[Outcome], about: Mapping) -> Path:

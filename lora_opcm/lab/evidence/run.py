@@ -23,8 +23,8 @@ from ..attach import applied
 from ..evaluation import Evaluator
 from ..tasks import load_task, tasks
 from . import recipes, rows
-from .choice import Candidate, chosen, ratio, search, weights
-from .outcomes import Outcome, Trial, read_lines
+from .choice import Candidate, chosen, ratio, score, search
+from .outcomes import Outcome, Trial, cut, read_lines
 
 ALWAYS = (0, 1, 2, 3)  # steps tried on test texts in any case: what a rule without data may choose
 BOUNDS = ("", "own", "joint")
@@ -82,10 +82,7 @@ class Bench:
         """What needs no merge: the base model, each task with its own adapter, one adapter trained on all."""
         found = {}
         for split in self.splits:
-            own = {
-                t: recipes.adapter(folder, trial.recipe, trial.seed, t) if trial.method else None for t in trial.tasks
-            }
-            parts = [self.correct(split, (task,), one) for task, one in own.items()]
+            parts = [self.correct(split, (task,), adapter_of(trial, folder, task)) for task in trial.tasks]
             found[split] = {(0, 0): np.concatenate(parts)}
         return Outcome(trial, [0.0], 0.0, found["validation"], found["test"], self.sizes(trial.tasks))
 
@@ -107,9 +104,8 @@ class Bench:
         elif steps is not None:
             candidates = set(steps)
         else:
-            plain = weights(tuple(sizes["validation"]), 0, 0)[0]
-            search(lambda i, step: float(see("validation", i, step) @ plain), len(adapters))
-            picked = chosen(right["validation"], sizes["validation"])
+            search(lambda i, step: score(see("validation", i, step), sizes["validation"]), len(adapters))
+            picked = chosen(right["validation"], names, sizes["validation"])
             candidates = {*picked, *((picked[0][0], step) for step in ALWAYS)}
         for i, step in sorted(candidates):
             see("test", i, step)
@@ -177,16 +173,36 @@ def follow(trial: Trial) -> tuple:
 
 
 def run_trials(
-    trials: list[Trial], folder: Path, bench: Bench, workers: int, deadline: float = float("inf")
+    trials: list[Trial],
+    folder: Path,
+    bench: Bench,
+    workers: int,
+    deadline: float = float("inf"),
+    done: Iterable[Outcome] = (),
 ) -> Iterator[Outcome]:
-    """Merge in processes, evaluate here, in about the order given; what needs adapters that train now waits."""
+    """Merge in processes, evaluate here, in about the order given; what needs adapters that train now waits.
+
+    So does an order of tasks, until the first order of the same has chosen a scale, here or in what is `done`.
+    """
+    followed = {follow(trial) for trial in trials if trial.steps == ()}
     leaders: dict[tuple, tuple[Candidate, ...]] = {}
+
+    def lead(outcome: Outcome) -> None:
+        trial = outcome.trial
+        if trial.steps is None and not trial.natural and follow(trial) in followed:
+            leaders[follow(trial)] = (outcome.picked[0],)
+
+    def can_run(trial: Trial) -> bool:
+        return (trial.steps != () or follow(trial) in leaders) and ready(trial, folder)
+
+    for outcome in done:
+        lead(outcome)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
         waiting, running = list(trials), dict[Future, Trial]()
         while (waiting or running) and time.monotonic() < deadline:
             free = max(0, 3 * workers - len(running))
-            for trial in list(islice((t for t in waiting if ready(t, folder)), free)):
+            for trial in list(islice(filter(can_run, waiting), free)):
                 waiting.remove(trial)
                 if trial.method in BOUNDS:
                     yield bench.bounds(trial, str(folder))
@@ -194,18 +210,13 @@ def run_trials(
                     yield bench.regmean(trial, str(folder))
                 else:
                     running[pool.submit(merge_trial, trial, str(folder))] = trial
-            done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done if running else time.sleep(1) or ()
-            for future in sorted(done, key=lambda f: list(running).index(f)):
+            finished = wait(running, timeout=1, return_when=FIRST_COMPLETED).done if running else time.sleep(1) or ()
+            for future in sorted(finished, key=lambda f: list(running).index(f)):
                 trial = running.pop(future)
-                if (steps := trial.steps) == ():
-                    if follow(trial) not in leaders:
-                        waiting.append(trial)
-                        continue
-                    steps = leaders[follow(trial)]
+                steps = leaders[follow(trial)] if trial.steps == () else trial.steps
                 like = recipes.adapter(str(folder), trial.recipe, trial.seed, trial.tasks[0])
                 outcome = bench.outcome(trial, future.result(), like, steps)
-                if trial.steps is None and not trial.natural:
-                    leaders[follow(trial)] = (outcome.picked[0],)
+                lead(outcome)
                 yield outcome
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -241,7 +252,10 @@ def main(
     trials = [t for t in rows.published() if not part or t.part in part]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "outcomes.jsonl"
-    done = {outcome.trial for outcome in read_lines(file)}
+    cut(file)
+    done = list(read_lines(file))
+    known = {outcome.trial for outcome in done}
+    left = [t for t in trials if t not in known]
     trainer = None
     if train:
         many = workers if torch.cuda.is_available() else 1
@@ -249,10 +263,9 @@ def main(
         trainer = multiprocessing.get_context("spawn").Process(target=recipes.train_missing, args=arguments)
         trainer.start()
     bench = Bench(dict.fromkeys(task for t in trials for task in t.tasks), limit or None)
-    print(f"{len(trials) - len(done)} trials, texts read after {time.monotonic() - begun:.0f} s", flush=True)
-    left = [t for t in trials if t not in done]
+    print(f"{len(left)} trials, texts read after {time.monotonic() - begun:.0f} s", flush=True)
     with open(file, "a") as out:
-        for i, outcome in enumerate(run_trials(left, folder, bench, workers, deadline), 1):
+        for i, outcome in enumerate(run_trials(left, folder, bench, workers, deadline, done), 1):
             outcome.about["device"] = bench.name
             out.write(outcome.line() + "\n")
             out.flush()

@@ -6,7 +6,6 @@ every array is no resample.
 """
 
 import json
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ...files.shipped import data_dir
-from .choice import RESAMPLES, Candidate, ratio, weights
+from .choice import DIGITS, RESAMPLES, Candidate, best, ratio, score, shares
 from .outcomes import Outcome, Trial, read
 
 MARGIN = 2.0  # points of recovered gain: a method is no worse than another if it surely loses less
@@ -35,12 +34,6 @@ def _published(path: Path) -> "Evidence":
 
 
 @cache
-def text_weights(task: str, count: int) -> np.ndarray:
-    """Weights of the test texts of a task, shape=[1 + resamples, texts]; the same wherever the task occurs."""
-    return weights((count,), zlib.crc32(task.encode()))
-
-
-@cache
 def seed_weights(count: int) -> np.ndarray:
     """Weights of the training seeds, shape=[1 + resamples, seeds]."""
     drawn = np.random.default_rng(7).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
@@ -50,14 +43,10 @@ def seed_weights(count: int) -> np.ndarray:
 def accuracy(outcome: Outcome, at: Candidate | None = None) -> np.ndarray:
     """Test accuracy of every task where validation texts put the scale (or `at` one), shape=[1 + resamples, tasks]."""
     names = [at] if at else list(outcome.test)
-    picked = [names.index(c) for c in ([at] if at else outcome.picked)]
-    picked = np.resize(picked, 1 + RESAMPLES)
-    bits, start, found = np.stack([outcome.test[c] for c in names], 1).astype(np.float32), 0, []
-    for task, count in zip(outcome.trial.tasks, outcome.sizes["test"], strict=True):
-        each = text_weights(task, count) @ bits[start : start + count]
-        found.append(np.take_along_axis(each, picked[:, None], 1)[:, 0])
-        start += count
-    return np.stack(found, 1)
+    picked = np.resize([names.index(c) for c in ([at] if at else outcome.picked)], 1 + RESAMPLES)
+    bits = np.stack([outcome.test[c] for c in names], 1)
+    each = shares(bits, outcome.trial.tasks, outcome.sizes["test"], "test")
+    return np.take_along_axis(each, picked[:, None, None], 2)[..., 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,15 +189,12 @@ def summary(rows: dict[str, Row], against: str | None = None) -> pd.DataFrame:
 def favourite(rows: dict[str, Row]) -> str:
     """The row that validation texts like best, averaged over seeds: a reference that no test text has chosen."""
 
-    def score(row: Row) -> float:
-        each = []
-        for o in row.outcomes:
-            plain = weights(tuple(o.sizes["validation"]), 0, 0)[0]
-            each.append(o.validation[o.picked[0]] @ plain if o.validation else 0.0)
+    def liked(row: Row) -> float:
+        each = [score(o.validation[o.picked[0]], o.sizes["validation"]) if o.validation else 0.0 for o in row.outcomes]
         return float(np.mean(each))
 
     tried = {label: row for label, row in rows.items() if row.outcomes[0].trial.method not in ("", "own", "joint")}
-    return max(tried, key=lambda label: score(tried[label]))
+    return max(tried, key=lambda label: liked(tried[label]))
 
 
 def at_step(evidence: Evidence, outcomes: list[Outcome], step: int) -> Row | None:
@@ -225,7 +211,7 @@ def few_texts(outcomes: Iterable[Outcome], counts: Sequence[int], draws: int = 2
     rng, lines = np.random.default_rng(5), []
     for outcome in outcomes:
         names = list(outcome.validation)
-        bits = np.stack([outcome.validation[c] for c in names]).astype(np.float32)
+        bits = np.stack([outcome.validation[c] for c in names])
         edges = np.cumsum([0, *outcome.sizes["validation"]])
         all_best = names.index(outcome.picked[0])
         for count in counts:
@@ -237,7 +223,8 @@ def few_texts(outcomes: Iterable[Outcome], counts: Sequence[int], draws: int = 2
                     n = min(count, (b - a) // 2)
                     few += bits[:, order[:n]].mean(1)
                     rest += bits[:, order[n:]].mean(1)
-                lost.append(100 * (rest[all_best] - rest[few.argmax()]) / (len(edges) - 1))
+                picked = names.index(best(dict(zip(names, few.round(DIGITS).tolist(), strict=True))))
+                lost.append(100 * (rest[all_best] - rest[picked]) / (len(edges) - 1))
             line = {"label": outcome.trial.label, "rank": outcome.trial.rank, "seed": outcome.trial.seed}
             lines.append(line | {"texts": count, "lost": np.mean(lost), "worst": np.quantile(lost, 0.95)})
     return pd.DataFrame(lines)
