@@ -37,7 +37,7 @@ class Trial:
         Merged and evaluated, in this order.
     recipe : str
         How the adapters were trained, see `recipes`.
-    steps : tuple of int or None
+    steps : tuple of candidates or None
         The scales tried on test texts, as `choice.ratio` has them; None: validation texts choose.
     natural : bool
         Whether the scale is the method's own, and nothing is chosen.
@@ -55,7 +55,7 @@ class Trial:
     rank: int | None = None
     seed: int = 1
     recipe: str = "published"
-    steps: tuple[int, ...] | None = None
+    steps: tuple[Candidate, ...] | None = None
     natural: bool = False
     cap: int | None = None
     factors: tuple[float, ...] = ()
@@ -117,7 +117,7 @@ class Outcome:
     @classmethod
     def of_line(cls, line: str) -> "Outcome":
         found = json.loads(line)
-        trial = {k: tuple(v) if isinstance(v, list) else v for k, v in found.pop("trial").items()}
+        trial = _frozen(found.pop("trial"))
         for split in ("validation", "test"):
             count = sum(found["sizes"][split])
             found[split] = {
@@ -125,6 +125,12 @@ class Outcome:
                 for i, k, text in found[split]
             }
         return cls(Trial(**trial), **found)
+
+
+def _frozen(trial: dict) -> dict:
+    """Fields of a trial as they were before JSON made lists of tuples."""
+    deep = lambda v: tuple(map(deep, v)) if isinstance(v, list) else v  # noqa: E731
+    return {k: deep(v) for k, v in trial.items()}
 
 
 def read_lines(path: Path | str) -> Iterator[Outcome]:
@@ -171,7 +177,7 @@ def read(path: Path | str) -> tuple[dict, list[Outcome]]:
     end = 8 + int.from_bytes(blob[:8], "little")
     head, start, known, found = json.loads(blob[8:end]), end, {}, []
     for line in head["outcomes"]:
-        trial = {k: tuple(v) if isinstance(v, list) else v for k, v in line.pop("trial").items()}
+        trial = _frozen(line.pop("trial"))
         for split in ("validation", "test"):
             count = sum(line["sizes"][split])
             length, rows = -(-count // 8), {}
