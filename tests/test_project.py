@@ -151,15 +151,12 @@ def test_functions_named_on_the_notation_page_exist():
 
 
 def test_published_table_is_complete():
-    import pandas as pd
+    from lora_opcm.lab.evidence.tables import HEADLINE, headline
 
-    rows = pd.read_csv(ROOT / "data" / "results" / "one_merge.csv")
-    assert {"method", "task", "metric", "value", "low", "high", "options", "texts", "profile", "seed", "order",
-            "adapters", "version"} <= set(rows.columns)  # fmt: skip
-    assert (rows.low <= rows.value).all() and (rows.value <= rows.high).all()
-    gain = rows[rows.metric == "recovered gain"].set_index("method").value
-    assert set(gain.index) >= {"mean", "task arithmetic", "OPCM, paper", "OPCM, FusionBench"}
-    assert gain.drop(["zero-shot", "own adapter"]).between(0, 1, inclusive="neither").all()
+    table = headline()
+    assert set(table.index) == set(HEADLINE) and table.gain.is_monotonic_decreasing
+    assert table.gain.between(0, 100, inclusive="neither").all()
+    assert (table.low <= table.gain).all() and (table.gain <= table.high).all()
 
 
 def test_references_are_the_works_the_pages_cite():

@@ -94,8 +94,15 @@ class Outcome:
 
     @cached_property
     def picked(self) -> list[Candidate]:
-        """The candidate that validation texts choose, and those that each resample of them chooses."""
-        return chosen(self.validation, self.sizes["validation"]) if self.validation else [next(iter(self.test))]
+        """The candidate that validation texts choose, and those that each resample of them chooses.
+
+        Candidates of one score are told apart by rounding, which processors do differently; where a resample chooses
+        one that was not tried on test texts, the choice of all texts stands for it.
+        """
+        if not self.validation:
+            return [next(iter(self.test))]
+        first, *rest = chosen(self.validation, self.sizes["validation"])
+        return [first, *(c if c in self.test else first for c in rest)]
 
     def line(self) -> str:
         """As one line of JSON."""
