@@ -21,7 +21,7 @@ help:  ## this list
 
 book: experiments  ## install, fetch the data, run the experiments, build the site
 	@$(MAKE) --no-print-directory _build/site/index.html
-	@echo; $(BIN)/python -c "from lora_opcm.lab.evidence.tables import headline; print('Gain kept by one adapter in place of eight, %'); print(headline().to_string())"
+	@echo; $(BIN)/python -c "from lora_opcm.lab.evidence.tables import headline; print('Gain kept by one adapter in place of eight, %'); print(headline().round(1).to_string())"
 	@echo; echo "The book: $(CURDIR)/_build/site/index.html"
 
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser

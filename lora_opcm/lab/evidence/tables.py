@@ -204,7 +204,7 @@ def summary(rows: dict[str, Row], against: str | None = None) -> pd.DataFrame:
 def headline() -> pd.DataFrame:
     """Recovered gain of eight adapters in one, in per cent, of the methods that most people ask for; best first."""
     rows = published().bake_off
-    found = summary({label: rows[label, None] for label in HEADLINE}).round(1)
+    found = summary({label: rows[label, None] for label in HEADLINE})
     return found[["gain", "low", "high", "tasks low", "tasks high", "scale"]].rename_axis("method")
 
 
