@@ -74,7 +74,7 @@ def chosen(right: Mapping[Candidate, np.ndarray], sizes: Sequence[int], seed: in
     sizes : texts of each task
     """
     names = list(right)
-    scores = weights(tuple(sizes), seed) @ np.stack([right[c] for c in names]).T.astype(np.float32)  # (1 + B, C)
-    picked = [names[j] for j in scores.argmax(1)]
+    scores = weights(tuple(sizes), seed).astype(float) @ np.stack([right[c] for c in names]).T  # (1 + B, C)
+    picked = [names[j] for j in scores.round(9).argmax(1)]  # ties by order, not by rounding
     picked[0] = best(dict(zip(names, scores[0].tolist(), strict=True)))
     return picked

@@ -96,13 +96,13 @@ class Outcome:
     def picked(self) -> list[Candidate]:
         """The candidate that validation texts choose, and those that each resample of them chooses.
 
-        Candidates of one score are told apart by rounding, which processors do differently; where a resample chooses
-        one that was not tried on test texts, the choice of all texts stands for it.
+        Resamples choose among what was tried on test texts; every other candidate wins in none, but for ties.
         """
         if not self.validation:
             return [next(iter(self.test))]
-        first, *rest = chosen(self.validation, self.sizes["validation"])
-        return [first, *(c if c in self.test else first for c in rest)]
+        sizes = self.sizes["validation"]
+        tried = {c: right for c, right in self.validation.items() if c in self.test}
+        return [chosen(self.validation, sizes)[0], *chosen(tried, sizes)[1:]]
 
     def line(self) -> str:
         """As one line of JSON."""
