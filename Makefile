@@ -21,7 +21,7 @@ help:  ## this list
 
 book: experiments  ## install, fetch the data, run the experiments, build the site
 	@$(MAKE) --no-print-directory _build/site/index.html
-	@echo; $(BIN)/python -c "import pandas as pd; from lora_opcm.lab.experiments.results import comparison; print(comparison(pd.read_csv('_build/quick/results/one_merge.csv')).to_string())"
+	@echo; $(BIN)/python -c "from lora_opcm.lab.evidence.tables import headline; print('Gain kept by one adapter in place of eight, %'); print(headline().round(1).to_string())"
 	@echo; echo "The book: $(CURDIR)/_build/site/index.html"
 
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser
@@ -55,7 +55,7 @@ bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm
 pdf: book  ## the book as one file, _build/book.pdf (needs chromium)
 	$(BIN)/python book/_ext/press.py pdf
 
-figures: $(BIN)/.ready  ## the pictures of README and link previews, from data/results
+figures: $(BIN)/.ready  ## the picture of README and link previews, from data/results/outcomes.xz
 	$(BIN)/python book/_ext/press.py figures
 
 lint: $(BIN)/.ready  ## ruff and mypy

@@ -1,18 +1,16 @@
 """The book's tables and colours."""
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from lora_opcm.lab.evidence.tables import published
 from lora_opcm.site import figures
 
-RESULTS = Path(__file__).parents[1] / "data" / "results"
 FRAME = pd.DataFrame(
     {
         "gain %": [79.84, -2.0], "low": [73.9, -4.0], "high": [85.4, 96.0],
-        "scale": [0.3, float("nan")], "sees": ["one", "<all>"],
+        "scale": [0.3, float("nan")], "keeps": ["one", "<all>"],
     },
     index=pd.Index(["whitened sum", "A & B"], name="method"),
 )  # fmt: skip
@@ -24,7 +22,7 @@ def _shown(**options):
 
 def test_an_interval_is_a_bar_on_the_scale_of_its_column():
     table = _shown(bars={"gain %": ("low", "high")})
-    assert [h.get_text() for h in table.thead.find_all("th")] == ["method", "gain %", "scale", "sees"]
+    assert [h.get_text() for h in table.thead.find_all("th")] == ["method", "gain %", "scale", "keeps"]
     bars = table.find_all("svg")
     assert [bar["aria-label"] for bar in bars] == ["73.9 to 85.4", "−4.0 to 96.0"]
     assert [float(bars[1].line[end]) for end in ("x1", "x2")] == [0, 100]
@@ -55,9 +53,9 @@ def test_a_table_has_five_columns_at_most():
 
 
 def test_every_task_and_every_published_method_has_a_colour():
-    rows = pd.read_csv(RESULTS / "bake_off.csv")
-    assert set(rows.task) - {"mean"} == set(figures.TASK)
-    assert set(rows.method) <= set(figures.METHOD)
+    found = [o.trial for o in published().outcomes if o.trial.part == "bake_off"]
+    assert {task for trial in found for task in trial.tasks} == set(figures.TASK)
+    assert {trial.label for trial in found} <= set(figures.METHOD)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,19 @@ def test_functions_named_on_the_notation_page_exist():
             found = getattr(found, part, None)
 
 
+def test_published_table_is_complete():
+    from lora_opcm.lab.evidence.tables import HEADLINE, headline
+
+    table = headline()
+    assert set(table.index) == set(HEADLINE) and table.gain.is_monotonic_decreasing
+    assert table.gain.between(0, 100, inclusive="neither").all()
+    assert (table.low <= table.gain).all() and (table.gain <= table.high).all()
+    said = (ROOT / "README.md").read_text()
+    gain, (low, high) = table.gain, table.loc["TSV", ["low", "high"]]
+    assert f"{gain['TSV']:.0f} % of what the eight had gained [{low:.0f}, {high:.0f}]" in said
+    assert f"{gain['OPCM']:.0f} % by OPCM" in said and f"{gain['mean']:.0f} % as a plain mean" in said
+
+
 def test_references_are_the_works_the_pages_cite():
     """A key without a citation would be missing on the References page, a citation without a key is a dead link."""
     book = ROOT / "book"

@@ -74,7 +74,7 @@ def test_page_fits_a_phone(name, browser, server):
 
 
 def test_experiment_shows_its_figure_and_its_table(page, server):
-    page.goto(f"{server}/book/experiments/one_merge.html", wait_until="networkidle")
+    page.goto(f"{server}/book/experiments/bake_off.html", wait_until="networkidle")
     assert page.locator(".lo-figure").count() >= 1
     assert page.locator("table", has_text="task arithmetic").count() >= 2
 
