@@ -59,9 +59,9 @@ INSIDE = {
     "geometry": "frames angles geodesics overlap means",
     "files": "names adapter format peft joint refusals parts kohya diffusers table disk read write live bundle shipped",
     "merging": "core method rules space merge plan shards",
-    "streams": "stream opcm whitened_sum factors store",
+    "streams": "stream opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states app",
-    "lab": "assets gguf embedded tasks bases attach training evaluation train generation evidence experiments",
+    "lab": "assets gguf embedded tasks bases attach training evaluation train generation experiments evidence",
 }
 
 
