@@ -61,7 +61,7 @@ INSIDE = {
     "merging": "core method rules space merge plan shards",
     "streams": "stream opcm whitened_sum factors store",
     "command": "console card recipe tables drawing report states app",
-    "lab": "assets tasks bases attach training evaluation train experiments",
+    "lab": "assets gguf embedded tasks bases attach training evaluation train evidence generation experiments",
 }
 
 
