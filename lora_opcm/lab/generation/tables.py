@@ -169,11 +169,12 @@ def crossed(run: Run, row: Merge, by: str) -> Resampled:
     return run.gain(means[0] + means[1], split="validation")
 
 
-def pair_gains(run: Run) -> pd.DataFrame:
+def pair_gains(run: Run, without: Sequence[str] = ()) -> pd.DataFrame:
     """Gains in exact marks of the pairs that all methods merged, by method and scale (of the plain sum a mean), and of
-    the commonest answers: sums over pairs in place of means over tasks."""
+    the commonest answers: sums over pairs in place of means over tasks. Pairs with a task of `without` are left out."""
     labels = {pair.label for pair in run.pairs}
     whole = [p for p in run.pairs if {q.label for q in run.pairs if q.tasks == p.tasks} == labels]
+    whole = [pair for pair in whole if not set(pair.tasks) & set(without)]
     names = list(dict.fromkeys(pair.tasks for pair in whole))
     ends = np.cumsum(run.sizes["test"])[:-1]
     weight = dict(zip(run.tasks, np.split(len(run.tasks) * run.weights["test"], ends, 1)))
