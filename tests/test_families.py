@@ -553,16 +553,16 @@ def test_the_gpu_profile_rehearses_from_data_to_page(tmp_path):
     assert f"{task}: training, resumed from checkpoint-" in told
 
     out = tmp_path / "_build" / "rehearsal"
-    for name in ("classic", "vision", "llm"):
+    for name in ("classic", "vision", "planned"):
         cells = nbformat.read(out / "executed" / f"{name}.ipynb", 4).cells
         assert not [o for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
         rows = pd.read_csv(out / "results" / f"{name}.csv")
         assert set(rows.profile) == {"rehearsal"} and len(rows) >= 30 and rows.adapters.notna().all()
         assert {"zero-shot", "own adapter", "TSV", "OPCM, paper"} <= set(rows.method)
-        kind = "score" if name == "llm" else "accuracy"
+        kind = "score" if name == "planned" else "accuracy"
         assert rows.value[rows.metric == kind].between(0, 1).all()
         shutil.copy(out / "executed" / f"{name}.ipynb", tmp_path / "book" / "experiments")
-    pages = ("classic", "vision", "llm")
+    pages = ("classic", "vision", "planned")
     toc = {
         "format": "jb-book",
         "root": "book/references",

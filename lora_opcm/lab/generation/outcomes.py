@@ -1,11 +1,13 @@
 """What each question got, in one file of JSON lines that is whole after every line.
 
 The first line names tasks, splits and sizes. Others hold, for one model, `right` (bits) and `likelihood` (float16,
-mean log likelihood per token of the answer) of the questions of its `tasks` in order, in base64.
+mean log likelihood per token of the answer) of the questions of its `tasks` in order, in base64. Published, the file
+is compressed (`publish`).
 """
 
 import base64
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ def packed(marks: Marks) -> dict[str, str]:
     right = np.concatenate([right for right, _ in marks.values()])
     score = np.concatenate([score for _, score in marks.values()])
     score = np.nan_to_num(score, nan=-6e4, neginf=-6e4).clip(-6e4)
-    return {"right": _text(np.packbits(right)), "likelihood": _text(score.astype("<f2"))}
+    return {"right": text(np.packbits(right)), "likelihood": text(score.astype("<f2"))}
 
 
 def score(marks: Marks) -> float:
@@ -45,16 +47,19 @@ def accuracy(marks: Marks) -> float:
     return float(np.mean([right.mean() for right, _ in marks.values()]))
 
 
-def _text(array: np.ndarray) -> str:
+def text(array: np.ndarray) -> str:
+    """The bytes of an array in base64."""
     return base64.b64encode(array.tobytes()).decode()
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
     """Header and lines; in these each evaluation has `right` and `likelihood` as task → array, shape=[questions].
 
-    A last line that was cut short is left out.
+    A last line that was cut short is left out. A name that ends in .xz is a published file.
     """
-    header, *lines = Path(path).read_text().splitlines(keepends=True)
+    data = Path(path).read_bytes()
+    content = (lzma.decompress(data) if Path(path).suffix == ".xz" else data).decode()
+    header, *lines = content.splitlines(keepends=True)
     header = json.loads(header)
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     for line in found:
@@ -62,8 +67,10 @@ def read(path: Path) -> tuple[dict, list[dict]]:
             for entry in line.get(split, []):
                 sizes = [header["sizes"][split][task] for task in line["tasks"]]
                 right = np.frombuffer(base64.b64decode(entry["right"]), np.uint8)
-                right = np.unpackbits(right, count=sum(sizes)).astype(bool)
-                likelihood = np.frombuffer(base64.b64decode(entry["likelihood"]), "<f2").astype(np.float32)
-                for name, flat in (("right", right), ("likelihood", likelihood)):
+                marks = {"right": np.unpackbits(right, count=sum(sizes)).astype(bool)}
+                if "likelihood" in entry:  # answers without a model have none
+                    likelihood = np.frombuffer(base64.b64decode(entry["likelihood"]), "<f2")
+                    marks["likelihood"] = likelihood.astype(np.float32)
+                for name, flat in marks.items():
                     entry[name] = dict(zip(line["tasks"], np.split(flat, np.cumsum(sizes)[:-1])))
     return header, found
