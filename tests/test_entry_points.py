@@ -86,7 +86,7 @@ def test_a_stream_of_another_package_saves_and_loads(offer, tmp_path):
 
     Stream.kinds.pop("last")  # until the package is loaded
     offer("streams", "last", lambda: Stream.kinds.update(last=Last))
-    assert set(streams()) == {"opcm", "whitened_sum", "lora_opcm", "last"}
+    assert set(streams()) == {"opcm", "whitened_sum", "whitening", "lora_opcm", "last"}
     assert Last.defaults() == {"share": 1.0}
     generator = torch.Generator().manual_seed(0)
     a, b = (adapter({"v": (9, 7), "w": (5, 4)}, 2, generator, torch.float64) for _ in range(2))
