@@ -12,11 +12,11 @@ from lora_opcm.files import load_adapter, save_adapter
 from lora_opcm.lab import embedded
 from lora_opcm.lab.assets import AssetError, fetch
 from lora_opcm.lab.bases.tiny import llama
-from lora_opcm.lab.experiments.generation import search
 from lora_opcm.lab.generation.marking import Marker
 from lora_opcm.lab.generation.model import Weights, encode, load_model
 from lora_opcm.lab.generation.outcomes import Outcomes, packed, read
 from lora_opcm.lab.generation.puzzles import load_puzzle, puzzles
+from lora_opcm.lab.generation.run import search
 from lora_opcm.lab.generation.tuning import Recipe, plan, tune
 from lora_opcm.lab.gguf import read as read_gguf
 

@@ -128,7 +128,7 @@ def test_intervals_follow_the_binomial_law(run):
     n, p = 2000, 0.3
     right = (np.arange(2 * n) % n < p * n).astype(float)
     one = object.__new__(tables.Run)
-    one.sizes = {"validation": (1, 1), "test": (n, n)}
+    one.tasks, one.sizes = ("a", "b"), {"validation": (1, 1), "test": (n, n)}
     one.base, one.own = ({"test": {"right": np.full(2 * n, x)}} for x in (0.0, 1.0))
     found = tables.interval(one.gain(one.weights["test"] @ right), "x")
     law = binom(2 * n, p)

@@ -61,7 +61,7 @@ INSIDE = {
     "merging": "core method rules space merge plan shards",
     "streams": "stream opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states app",
-    "lab": "assets gguf embedded tasks bases attach training evaluation train generation experiments evidence",
+    "lab": "assets gguf embedded tasks bases attach training evaluation train experiments evidence generation",
 }
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ...files.shipped import data_dir
-from ..evidence.choice import weights
+from ..evidence.choice import draws
 from .outcomes import read
 
 FILE = "puzzles.jsonl.xz"
-DRAWS = {"validation": 1, "test": 2}  # seeds of the resamples
+SPLITS = ("validation", "test")
 NAMES = {
     "cat": "task arithmetic", "tsv": "TSV", "iso_c": "Iso-C", "iso_cts": "Iso-CTS", "ties": "TIES", "opcm": "OPCM",
     "whitening": "sequential whitening", "knots_ties": "KnOTS-TIES", "core_ties": "core TIES",
@@ -46,7 +46,7 @@ class Merge:
         options = line["options"]
         named = [f"{sign}{options[key]:g}" for key, sign in (("power", "p = "), ("alpha", "α = ")) if key in options]
         named = [f"cap {options['cap']}"] if "cap" in options else named
-        of = {s: {_norms(line, e["scale"]): _flat(e, line["tasks"]) for e in line[s]} for s in DRAWS if s in line}
+        of = {s: {_norms(line, e["scale"]): _flat(e, line["tasks"]) for e in line[s]} for s in SPLITS if s in line}
         scale = _norms(line, line["scale"]) if "scale" in line else None
         label = ", ".join([NAMES[line["method"]], *named])
         return cls(label, options.get("cap", line["rank"]), tuple(line["tasks"]), of, scale)
@@ -65,13 +65,13 @@ class Run:
     def __init__(self, path: Path | None = None):
         self.header, lines = read(path or data_dir() / "results" / FILE)
         self.tasks = tuple(self.header["tasks"])
-        self.sizes = {split: tuple(self.header["sizes"][split][t] for t in self.tasks) for split in DRAWS}
+        self.sizes = {split: tuple(self.header["sizes"][split][t] for t in self.tasks) for split in SPLITS}
         of = {k: [line for line in lines if line["kind"] == k] for k in ("base", "own", "commonest", "row", "pair")}
         own = {line["tasks"][0]: line for line in of["own"]}
-        parts = {s: [_flat(own[t][s][0], (t,)) for t in self.tasks] for s in DRAWS}
-        self.own = {s: {k: np.concatenate([p[k] for p in parts[s]]) for k in parts[s][0]} for s in DRAWS}
-        self.base = {s: _flat(of["base"][0][s][0], self.tasks) for s in DRAWS}
-        self.commonest = {s: _flat(of["commonest"][0][s][0], self.tasks) for s in DRAWS}
+        parts = {s: [_flat(own[t][s][0], (t,)) for t in self.tasks] for s in SPLITS}
+        self.own = {s: {k: np.concatenate([p[k] for p in parts[s]]) for k in parts[s][0]} for s in SPLITS}
+        self.base = {s: _flat(of["base"][0][s][0], self.tasks) for s in SPLITS}
+        self.commonest = {s: _flat(of["commonest"][0][s][0], self.tasks) for s in SPLITS}
         self.rows, self.twins = [], []  # of rows that are one and the same the first is kept
         for row in map(Merge.of_line, of["row"]):
             twin = next((known for known in self.rows if row.same(known)), None)
@@ -82,7 +82,11 @@ class Run:
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """By split, shape=[1 + resamples, questions]: each row makes a mean over tasks."""
-        return {split: weights(self.sizes[split], seed).astype(float) for split, seed in DRAWS.items()}
+        found = {}
+        for split in SPLITS:
+            parts = zip(self.tasks, self.sizes[split], strict=True)
+            found[split] = np.concatenate([draws(t, n, split).astype(float) / n for t, n in parts], 1) / len(self.tasks)
+        return found
 
     def gain(self, means: Resampled, metric: str = "right", split: str = "test") -> Resampled:
         """The recovered gain of means over tasks."""

@@ -1,4 +1,4 @@
-"""`python -m lora_opcm.lab.experiments.generation OUT --deadline SECONDS`: a language model's puzzles, in one go.
+"""`python -m lora_opcm.lab.generation.run OUT --deadline SECONDS`: a language model's puzzles, in one go.
 
 Trains an adapter for each puzzle, merges them by every method and at two ranks, looks for the best scale on
 validation questions, and marks the test questions there and at the two scales beside it. OUT/outcomes.jsonl is whole
@@ -64,10 +64,10 @@ class Run:
     """One run: the model, its questions, and the results file."""
 
     def __init__(self, out: Path, folder: Path, base: str, deadline: float, pool, small: bool):
-        from ..generation import merges, outcomes
-        from ..generation.marking import Marker
-        from ..generation.model import Weights, load_model
-        from ..generation.puzzles import load_puzzle, puzzles
+        from . import merges, outcomes
+        from .marking import Marker
+        from .model import Weights, load_model
+        from .puzzles import load_puzzle, puzzles
 
         self.merges, self.outcomes = merges, outcomes
         self.folder, self.deadline, self.pool, self.small = folder, deadline, pool, small
@@ -140,7 +140,7 @@ class Run:
         import torch
 
         from ...files import load_adapter, save_adapter
-        from ..generation.tuning import Recipe, tune
+        from .tuning import Recipe, tune
 
         say(f"seed {seed}: training")
         recipe = Recipe(seed=seed, **({"batch_size": 8, "epochs": 1} if self.small else {}))
