@@ -366,13 +366,12 @@ def align_(
     overwrite: Overwrite = False,
 ):
     """The same update with the factors nearest to another adapter's: what a tool that averages factors needs."""
-    from ..files import load_adapter, matched, save_adapter
-    from ..gauge import align
+    from ..files import load_adapter, save_adapter
+    from ..files.paired import align
     from . import recipe
 
     recipe.refuse_existing(output, overwrite)
-    one, other = matched([load_adapter(adapter), load_adapter(to)])
-    save_adapter(align(one, other), output, overwrite=overwrite)
+    save_adapter(align(load_adapter(adapter), load_adapter(to)), output, overwrite=overwrite)
 
 
 for command in (states.add, states.export, states.remove):
