@@ -233,12 +233,15 @@ def called(adapter: Adapter) -> str:
 def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     """Every module any adapter has, with the shape (m, n) all that have it agree on; AdapterError if they do not."""
     shapes: dict[str, tuple[int, int]] = {}
+    first: dict[str, Adapter] = {}
     for adapter in adapters:
         for name, update in adapter.modules.items():
             if shapes.setdefault(name, update.shape) != update.shape:
                 raise AdapterError(
                     f"{adapter.source}: {name} has shape {update.shape}, in an earlier adapter {shapes[name]}"
+                    f" ({first[name].source})"
                 )
+            first.setdefault(name, adapter)
     return shapes
 
 
