@@ -14,6 +14,7 @@ from .console import (
     Disjoint,
     Drop,
     Energy,
+    Full,
     Inputs,
     OutDType,
     OutFormat,
@@ -165,6 +166,7 @@ def merge_(
     format: OutFormat = None,
     device: Annotated[str | None, typer.Option(help="where large matrices are multiplied, such as cuda")] = None,
     drop: Drop = None,
+    full: Full = None,
     disjoint: Disjoint = False,
     any_base: AnyBase = False,
     ragged: Ragged = False,
@@ -184,7 +186,7 @@ def merge_(
     from . import recipe
 
     options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
-    options |= {"rank": rank, "energy": energy, "drop": drop}
+    options |= {"rank": rank, "energy": energy, "drop": drop, "full": full and full.value}
     options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
     call = {"method": method} | {name: v for name, v in options.items() if v is not None}
     if weights is not None:
