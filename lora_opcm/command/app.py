@@ -219,6 +219,32 @@ def merge_(
     _wrote(path, merged)
 
 
+@app.command("resize")
+def resize_(
+    adapter: Source,
+    output: Output,
+    rank: Rank = None,
+    energy: Energy = None,
+    strength: Annotated[float | None, typer.Option(help="bake this factor into the update, such as 0.8")] = None,
+    dtype: OutDType = None,
+    format: OutFormat = None,
+    drop: Drop = None,
+    ragged: Ragged = False,
+    overwrite: Overwrite = False,
+):
+    """One adapter at a lower rank, the nearest there is, or at another strength.
+
+    The same as `merge` of this adapter alone: `merge A --method cat --rank 8 --weights 0.8`.
+    """
+    if rank is None and energy is None and strength is None:
+        raise ValueError("expected what to change: --rank, --energy or --strength")
+    weights = None if strength is None else str(strength)
+    merge_(
+        [adapter], output, "cat", weights, rank=rank, energy=energy, dtype=dtype, format=format, drop=drop,
+        ragged=ragged, overwrite=overwrite,
+    )  # fmt: skip
+
+
 def _wrote(path: Path, merged) -> None:
     worst = max(merged.dropped, key=merged.dropped.get, default=None)
     lost = f"; the cut dropped at most {merged.dropped.get(worst, 0):.1%} of a module's squared norm ({worst})"
