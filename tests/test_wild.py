@@ -1,7 +1,9 @@
 """Adapters as they come from other trainers, and outputs as other readers take them; held against plain tensors."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,3 +373,13 @@ def test_the_dtype_after_a_removal_is_the_widest_that_is_left(said, tmp_path):
 def test_errors_suggest_the_nearest_name(said, tmp_path, words, hint):
     write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 2))
     assert hint in said(*words, code=2).err
+
+
+def test_every_dialect_on_the_formats_page_has_its_test():
+    tests = Path(__file__).parent
+    page = json.loads((tests.parent / "book" / "practice" / "formats.ipynb").read_text(encoding="utf8"))
+    text = "\n".join("".join(cell["source"]) for cell in page["cells"])
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)` \|\n", text + "\n")
+    assert len(named) >= 18
+    for file, test in named:
+        assert f"def {test}(" in (tests / file).read_text(encoding="utf8"), f"{file}::{test}"
