@@ -2,8 +2,8 @@
 
 from .files import Adapter, AdapterError, adapter_path, data_dir, load_adapter, save_adapter
 from .files.live import attach, from_peft
-from .gauge import align
-from .geometry import phi, principal_angles, similarity
+from .files.paired import align, similarity
+from .geometry import phi, principal_angles
 from .lowrank import LowRank
 from .merging.merge import merge
 from .merging.method import merge_method, methods

@@ -50,6 +50,12 @@ Scale = Annotated[
     float | str,
     Value("a finite number, 'auto', 'norm' or a multiple of it such as '2norm'", lambda x: _number(x) or _norm(x)),
 ]
+Full = Annotated[
+    str | None,
+    Value(
+        "None, 'first', 'drop' or 'mean'", lambda x: x is None or isinstance(x, str) and x in ("first", "drop", "mean")
+    ),
+]
 Variant = Annotated[str, one_of("paper", "fusionbench")]
 Gauge = Annotated[str, one_of("given", "balanced")]
 Rule = Annotated[str, one_of("sum", "ties")]

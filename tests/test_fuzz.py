@@ -117,6 +117,14 @@ def originals(folder: Path) -> dict[str, Path]:
             "lora_unet_conv.lora_up.weight": torch.randn(6, 2, 1, 1), "lora_unet_conv.alpha": torch.tensor(1.0),
             "lora_unet_conv.lora_down.weight": torch.randn(2, 2, 3, 3),
         }, folder / name, metadata={"ss_network_dim": "3", "ss_base_model_version": "sd_v1"})  # fmt: skip
+    for name in ("products.safetensors", "products partner.safetensors"):
+        save_file({
+            "lora_unet_a.hada_w1_a": torch.randn(8, 2).half(), "lora_unet_a.hada_w1_b": torch.randn(2, 6).half(),
+            "lora_unet_a.hada_w2_a": torch.randn(8, 2).half(), "lora_unet_a.hada_w2_b": torch.randn(2, 6).half(),
+            "lora_unet_b.lokr_w1": torch.randn(2, 3), "lora_unet_b.lokr_w2_a": torch.randn(2, 4),
+            "lora_unet_b.lokr_w2_b": torch.randn(2, 2), "lora_unet_b.lokr_t2": torch.randn(2, 2, 3, 3),
+            "lora_unet_b.alpha": torch.tensor(1.0),
+        }, folder / name)  # fmt: skip
     for name in ("diffusers.safetensors", "diffusers partner.safetensors"):
         packed = {"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {"mid.to_q": 3}}
         save_file(

@@ -454,3 +454,42 @@ def test_drop_leaves_modules_and_full_tensors_out(said, tmp_path):
         said("merge", "a", "b", "-o", f"part{i}", "--shard", f"{i}/2", "--method", "cat", "--drop", "head*")
     said("join", "part0", "part1", "-o", "joined")
     assert gap(deltas_of(tmp_path / "joined"), total(one, two)) < 1e-9
+
+
+# -- two adapters asked together -----------------------------------------------------------------------------
+
+
+def test_similarity_and_align_match_spellings(tmp_path):
+    """A copy in another gauge under other names: φ = 1 everywhere, and its factors are found again."""
+    rng = np.random.default_rng(4)
+    factors = random_factors(rng, SHAPES, 3)
+    g = rng.normal(size=(3, 3))
+    write_peft(tmp_path / "a", spelled(factors, "model."))
+    turned = {n: (b @ g, np.linalg.solve(g, a)) for n, (b, a) in factors.items()}
+    write_peft(tmp_path / "b", spelled(turned, "model.language_model."))
+    a, b = (lo.load_adapter(tmp_path / n) for n in "ab")
+    with pytest.warns(UserWarning, match="6 modules under the names of .*/a/"):
+        table = lo.similarity(a, b, 3, 3)
+    assert list(table.index) == [f"model.{n}" for n in SHAPES]
+    assert (table[["phi_left", "phi_right", "cosine"]] - 1).abs().max().max() < 1e-9
+    with pytest.warns(UserWarning, match="6 modules under the names of .*/b/"):
+        aligned = lo.align(b, to=a)
+    assert aligned.keys() == b.keys()
+    for name in SHAPES:
+        nearest = a[f"model.{name}"].balanced()
+        assert torch.allclose(aligned[f"model.language_model.{name}"].left, nearest.left, atol=1e-9)
+
+
+def test_similarity_and_align_refuse_and_warn_as_a_merge_does(tmp_path):
+    rng = np.random.default_rng(4)
+    write_peft(tmp_path / "a", spelled(random_factors(rng, SHAPES, 3), "model."))
+    write_peft(tmp_path / "b", spelled(random_factors(rng, SHAPES, 3), "model.tower."))
+    shared = random_factors(rng, {"proj": (4, 5)}, 2)
+    write_peft(tmp_path / "d", spelled(random_factors(rng, SHAPES, 3), "model.") | shared)
+    write_peft(tmp_path / "c", spelled(random_factors(rng, SHAPES, 3), "tower.") | shared)
+    a, b, c, d = (lo.load_adapter(tmp_path / n) for n in "abcd")
+    for ask in (lo.similarity, lo.align):
+        with pytest.raises(ValueError, match="no module is in two of the 2 adapters"):
+            ask(a, b)
+        with pytest.warns(UserWarning, match="6 modules that end alike under names that differ"):
+            ask(c, d)

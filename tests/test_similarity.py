@@ -39,7 +39,7 @@ def test_an_adapter_overlaps_itself_and_a_zero_update_with_nothing(generator):
             lo.similarity(a, a, k=wrong)
         with pytest.raises(ValueError, match="l must be"):
             lo.similarity(a, a, l=wrong)
-    with pytest.raises(ValueError, match="share no module"):
+    with pytest.raises(ValueError, match="no module is in two"):
         lo.similarity(a, adapter({"c": (4, 5)}, 2, generator))
 
 

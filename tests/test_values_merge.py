@@ -320,3 +320,22 @@ def test_verify_of_other_modules_is_infinitely_far(said, abc, tmp_path, change):
     (tmp_path / "x" / "merge_recipe.json").write_text(recipe)
     found = json.loads(said("verify", "a", "b", "--against", "x", "--json", code=1).out)
     assert found["distance"] == math.inf and found["worst"] == name and not found["same"]
+
+
+# -- resize --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [None, -0.8])
+def test_resize_is_the_nearest_of_a_rank(said, tmp_path, strength):
+    rng = np.random.default_rng(7)
+    deltas = write_peft(tmp_path / "a", random_factors(rng, {"x.q": (12, 9), "x.up": (7, 10)}, 5), {"x.q": 3})
+    words = [] if strength is None else ["--strength", strength]
+    told = said("resize", "a", "-o", "b", "--rank", 2, *words).err
+    expected = {n: (strength or 1) * cut(d, 2)[0] for n, d in deltas.items()}
+    assert gap(deltas_of(tmp_path / "b"), expected) < 1e-9
+    assert json.loads((tmp_path / "b" / CONFIG).read_text())["r"] == 2 and "the cut dropped at most" in told
+    said("verify", "a", "--against", "b")
+    said("resize", "a", "-o", "same", "--strength", 1)
+    assert gap(deltas_of(tmp_path / "same"), deltas) == 0
+    assert "expected what to change: --rank" in said("resize", "a", "-o", "c", code=2).err
+    assert "exists already" in said("resize", "a", "-o", "b", "--rank", 1, code=2).err

@@ -1,7 +1,9 @@
 """Adapters as they come from other trainers, and outputs as other readers take them; held against plain tensors."""
 
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +211,27 @@ def test_the_scale_is_in_the_factors_of_a_new_container(said, tmp_path, source, 
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("head", ["diffusion_model.", ""])
+@pytest.mark.filterwarnings("ignore")  # of names without a component
+def test_names_that_diffusers_translates_come_without_a_config(said, tmp_path, head):
+    """It would look for the config under its own names, find none, and fail: factors alone say the scale."""
+    torch.manual_seed(0)
+    deltas = []
+    for name, rank in (("a", 4), ("b", 2)):
+        up, down, key = torch.randn(6, rank), torch.randn(rank, 5), f"{head}blocks.0.q"
+        stored = {f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down, f"{key}.alpha": torch.tensor(3.0)}
+        save_file(stored, tmp_path / f"{name}.safetensors")
+        deltas.append((3 / rank * up.double() @ down.double()).numpy())
+    said("merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors", "--method", "cat")
+    said("convert", "a.safetensors", "-o", "c.safetensors", "--to", "diffusers")
+    for name, expected in (("m", sum(deltas)), ("c", deltas[0])):
+        kept = tensors_of(tmp_path / f"{name}.safetensors")
+        assert kept.keys() == {f"{key}.lora_{x}.weight" for x in "AB"}
+        assert "lora_adapter_metadata" not in header(tmp_path / f"{name}.safetensors")
+        found = kept[f"{key}.lora_B.weight"].double() @ kept[f"{key}.lora_A.weight"].double()
+        assert gap({key: found.numpy()}, {key: expected}) < 1e-6
+
+
 @pytest.mark.parametrize("words", [["merge", "a", "b"], ["export", "s"]])
 def test_all_modules_of_a_merge_have_one_rank_and_one_scale(said, tmp_path, words):
     rng = np.random.default_rng(0)
@@ -350,3 +373,13 @@ def test_the_dtype_after_a_removal_is_the_widest_that_is_left(said, tmp_path):
 def test_errors_suggest_the_nearest_name(said, tmp_path, words, hint):
     write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 2))
     assert hint in said(*words, code=2).err
+
+
+def test_every_dialect_on_the_formats_page_has_its_test():
+    tests = Path(__file__).parent
+    page = json.loads((tests.parent / "book" / "practice" / "formats.ipynb").read_text(encoding="utf8"))
+    text = "\n".join("".join(cell["source"]) for cell in page["cells"])
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)` \|\n", text + "\n")
+    assert len(named) >= 18
+    for file, test in named:
+        assert f"def {test}(" in (tests / file).read_text(encoding="utf8"), f"{file}::{test}"

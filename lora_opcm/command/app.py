@@ -14,6 +14,7 @@ from .console import (
     Disjoint,
     Drop,
     Energy,
+    Full,
     Inputs,
     OutDType,
     OutFormat,
@@ -168,6 +169,7 @@ def merge_(
     format: OutFormat = None,
     device: Annotated[str | None, typer.Option(help="where large matrices are multiplied, such as cuda")] = None,
     drop: Drop = None,
+    full: Full = None,
     disjoint: Disjoint = False,
     any_base: AnyBase = False,
     ragged: Ragged = False,
@@ -188,7 +190,7 @@ def merge_(
     from . import recipe
 
     options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
-    options |= {"rank": rank, "energy": energy, "drop": drop}
+    options |= {"rank": rank, "energy": energy, "drop": drop, "full": full and full.value}
     options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
     call: dict[str, Any] = {
         "method": method,
@@ -223,6 +225,32 @@ def merge_(
         merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {method}"), **call)
         path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite)
     _wrote(path, merged)
+
+
+@app.command("resize")
+def resize_(
+    adapter: Source,
+    output: Output,
+    rank: Rank = None,
+    energy: Energy = None,
+    strength: Annotated[float | None, typer.Option(help="bake this factor into the update, such as 0.8")] = None,
+    dtype: OutDType = None,
+    format: OutFormat = None,
+    drop: Drop = None,
+    ragged: Ragged = False,
+    overwrite: Overwrite = False,
+):
+    """One adapter at a lower rank, the nearest there is, or at another strength.
+
+    The same as `merge` of this adapter alone: `merge A --method cat --rank 8 --weights 0.8`.
+    """
+    if rank is None and energy is None and strength is None:
+        raise ValueError("expected what to change: --rank, --energy or --strength")
+    weights = None if strength is None else str(strength)
+    merge_(
+        [adapter], output, "cat", weights, rank=rank, energy=energy, dtype=dtype, format=format, drop=drop,
+        ragged=ragged, overwrite=overwrite,
+    )  # fmt: skip
 
 
 def _wrote(path: Path, merged) -> None:
@@ -381,13 +409,12 @@ def align_(
     overwrite: Overwrite = False,
 ):
     """The same update with the factors nearest to another adapter's: what a tool that averages factors needs."""
-    from ..files import load_adapter, matched, save_adapter
-    from ..gauge import align
+    from ..files import load_adapter, save_adapter
+    from ..files.paired import align
     from . import recipe
 
     recipe.refuse_existing(output, overwrite)
-    one, other = matched([load_adapter(adapter), load_adapter(to)])
-    save_adapter(align(one, other), output, overwrite=overwrite)
+    save_adapter(align(load_adapter(adapter), load_adapter(to)), output, overwrite=overwrite)
 
 
 for command in (states.add, states.export, states.remove):

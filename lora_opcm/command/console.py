@@ -123,6 +123,14 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class FullTensors(StrEnum):
+    """What becomes of full tensors that differ."""
+
+    first = "first"
+    drop = "drop"
+    mean = "mean"
+
+
 Source = Annotated[Path, typer.Argument(help="a PEFT folder or a .safetensors file")]
 Inputs = Annotated[list[Path], typer.Argument(help="PEFT folders or .safetensors files")]
 Output = Annotated[
@@ -147,6 +155,15 @@ Ragged = Annotated[
 Drop = Annotated[
     list[str] | None,
     typer.Option("--drop", help="leave out the modules this pattern matches, such as 'lora_te*'; may be given again"),
+]
+
+Full = Annotated[
+    FullTensors | None,
+    typer.Option(
+        "--full",
+        help="trained heads and embeddings in full (modules_to_save) that differ: take those of the first adapter that"
+        " has them, drop all, or take their mean; refused unless given",
+    ),
 ]
 
 

@@ -3,9 +3,11 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
+from ..lowrank import LowRank
 from .adapter import Adapter, AdapterError
 from .format import Contents, Format, Part, factors_of, no_names, size_of
 from .kohya import class_names
@@ -13,7 +15,8 @@ from .peft import Scales, config_for, parse_config
 from .refusals import and_more, check_config
 
 CONFIGS = "lora_adapter_metadata"  # where diffusers keeps a PEFT config, in the header
-COMPONENTS = {"unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "diffusion_model"}
+PIPELINE = {"unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer"}  # parts that configs can be of
+COMPONENTS = PIPELINE | {"diffusion_model"}
 
 SUFFIXES = {
     ".lora.down.weight": Part("down"),
@@ -81,15 +84,26 @@ def _unpack(packed: Mapping, component: str) -> dict:
 
 
 def contents(adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None) -> Contents:
-    """Tensors and metadata of a diffusers file."""
+    """Tensors and metadata of a diffusers file.
+
+    Names that diffusers translates (`diffusion_model.`, or bare ones) come without configs, which it would not find
+    under the new names: scales are in the factors then.
+    """
+    bare = {"": CONFIGS in adapter.metadata}  # as it came, with a config of its own
+    found = all(c in PIPELINE or bare.get(c) for c in {_component(new)[0] for new in names.values()})
+    if not found:
+        unscaled = {n: u if size_of(u)[1] == 1 else LowRank(u.left, u.right) for n, u in adapter.items()}
+        adapter = replace(adapter, modules=unscaled)
     tensors, sizes = {}, {}
     for name, update in adapter.modules.items():
         up, down = factors_of(adapter, name, dtype)
         tensors[f"{names[name]}.lora_B.weight"], tensors[f"{names[name]}.lora_A.weight"] = up, down
         sizes[names[name]] = size_of(update)
-    config = adapter.config if adapter.format == "peft" else {}
-    configs = header(sizes, adapter.metadata, config, adapter.base_model, adapter.source)
-    return tensors, {"format": "pt"} | adapter.metadata | configs
+    metadata = {"format": "pt"} | {key: value for key, value in adapter.metadata.items() if key != CONFIGS}
+    if found:
+        config = adapter.config if adapter.format == "peft" else {}
+        metadata |= header(sizes, adapter.metadata, config, adapter.base_model, adapter.source)
+    return tensors, metadata
 
 
 def names(adapter: Adapter) -> dict[str, str]:

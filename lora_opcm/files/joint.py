@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..gauge import padded
 from ..lowrank import LowRank, rounded
 from ..numerics import finite
 from .adapter import LINEAR, Adapter, AdapterError, widest
 from .format import INPUTS, Stored, folded
+from .full import config_of, full_tensors
 from .names import alike, base_of, respelled
 from .peft import WEIGHTS
 
@@ -149,7 +147,9 @@ def _sources(adapters: Sequence[Adapter]) -> str:
     return ", ".join(a.source for a in adapters)
 
 
-def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank], any_base: bool = False) -> Adapter:
+def combine(
+    adapters: Sequence[Adapter], modules: Mapping[str, LowRank], any_base: bool = False, full: str | None = None
+) -> Adapter:
     """One adapter with updates `modules`, and metadata that all of `adapters` agree on.
 
     Kinds are united, the dtype is the widest, the rest is the first adapter's; of its header what holds for the sum,
@@ -159,17 +159,18 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank], any_bas
     ----------
     any_base : bool
         Whether base models may differ. Their names are compared by `names.base_of`.
+    full : {"first", "drop", "mean"}, optional
+        What becomes of full tensors that differ, see `full_tensors`.
 
     Raises
     ------
     AdapterError
         If formats or base models differ, a module has another shape or is another kind of layer in one of them, or
-        full tensors (`saved`) are not equal.
+        full tensors (`saved`) are not equal and `full` is not given.
     """
     shapes_of(adapters)
     first = adapters[0]
     kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}
-    saved = dict(first.saved)
     for other in adapters[1:]:
         both = f"{first.source} and {other.source}"
         if other.format != first.format:
@@ -184,31 +185,17 @@ def combine(adapters: Sequence[Adapter], modules: Mapping[str, LowRank], any_bas
             kind = other.kinds.get(name, LINEAR)
             if kinds.setdefault(name, kind) != kind:
                 raise AdapterError(f"{both}: {name}: expected one kind of layer, got {kinds[name]} and {kind}")
-        for name in sorted(saved.keys() | other.saved.keys()):
-            saved[name] = _one_tensor(name, saved.get(name), other.saved.get(name), both)
+    saved = full_tensors(adapters, full)
     _tell_revisions(adapters)
+    merged = first.with_modules(modules)
     return replace(
-        first.with_modules(modules),
+        merged,
+        config=config_of(merged.config, adapters, full),
         kinds={name: kind for name, kind in kinds.items() if kind != LINEAR},
         dtype=widest(a.dtype for a in adapters),
         saved=saved,
         metadata=lasting(first.metadata, [called(a) for a in adapters]),
     )
-
-
-def _one_tensor(name: str, ours: Tensor | None, theirs: Tensor | None, both: str) -> Tensor:
-    only = ours if theirs is None else theirs
-    if (ours is None or theirs is None) and only is not None and name.endswith(".base_layer.weight"):
-        warnings.warn(
-            f"{both}: {name} is in one of them only, a weight of the base that peft saved unasked; kept", stacklevel=3
-        )
-        return only
-    if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
-        raise AdapterError(
-            f"{both}: {name}: expected one full tensor (modules_to_save) in both, got different ones;"
-            " a merge of low-rank updates has no rule for them (--drop, drop=, leaves it out)"
-        )
-    return ours
 
 
 def _tell_revisions(adapters: Sequence[Adapter]) -> None:
@@ -233,12 +220,15 @@ def called(adapter: Adapter) -> str:
 def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     """Every module any adapter has, with the shape (m, n) all that have it agree on; AdapterError if they do not."""
     shapes: dict[str, tuple[int, int]] = {}
+    first: dict[str, Adapter] = {}
     for adapter in adapters:
         for name, update in adapter.modules.items():
             if shapes.setdefault(name, update.shape) != update.shape:
                 raise AdapterError(
                     f"{adapter.source}: {name} has shape {update.shape}, in an earlier adapter {shapes[name]}"
+                    f" ({first[name].source})"
                 )
+            first.setdefault(name, adapter)
     return shapes
 
 

@@ -8,7 +8,7 @@ import torch
 from .adapter import Adapter, AdapterError
 from .format import INPUTS, Contents, Format, Part, Stored, factors_of, no_names, size_of
 
-SUFFIXES = {".lora_down.weight": Part("down"), ".lora_up.weight": Part("up")}
+SUFFIXES = {".lora_down.weight": Part("down"), ".lora_up.weight": Part("up"), ".lora_mid.weight": Part("mid")}
 # class of the base model in a PEFT config -> prefix of kohya, component of diffusers
 CLASSES = {"UNet2DConditionModel": ("lora_unet", "unet"), "CLIPTextModel": ("lora_te", "text_encoder")}
 

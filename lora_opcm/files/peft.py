@@ -17,6 +17,9 @@ from .format import Contents, Format, Part, factors_of, no_names
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shared", "embed_in", "embed_out"}
+# What a LoHa or LoKr config says of training, or of what the shapes of the factors say, too.
+EXPANDED = {"alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout", "rank_dropout",
+            "rank_dropout_scale", "use_effective_conv2d"}  # fmt: skip
 REPEATS = re.compile(r"[*+?{]")
 MATCH_STEPS, MATCH_SECONDS = 1e10, 10  # a second or so for one match, for all of a file
 
@@ -51,6 +54,14 @@ def read_config(path: Path) -> dict:
         return parse_config(path.read_bytes(), str(path))
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def as_lora(config: dict) -> dict:
+    """The config of a LoHa or LoKr as that of the LoRA it is read as; any other as it is."""
+    if config.get("peft_type") not in ("LOHA", "LOKR"):
+        return config
+    kept = {key: value for key, value in config.items() if key not in EXPANDED}
+    return kept | {"peft_type": "LORA", "r": config.get("r", 8), "lora_alpha": config.get("alpha", 8)}
 
 
 def parse_config(text: str | bytes, where: str) -> dict:
@@ -96,9 +107,11 @@ class Scales:
             self.literals.append(literals if known else {})
             self.expressions.append([] if known else [(self._compile(p), v) for p, v in patterns.items()])
 
-    def __call__(self, name: str, rank: int) -> float:
+    def __call__(self, name: str, rank: int | None) -> float:
         expected = self._look_up(0, name)
-        if expected != rank:
+        if rank is None:  # the factors do not say
+            rank = int(expected)
+        if expected != rank or rank < 1:
             raise AdapterError(
                 f"{self.where}: {name}: the factors have rank {rank}, adapter_config.json says {expected}"
             )

@@ -16,30 +16,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ..lowrank import LowRank
-from ..numerics import finite
 from . import peft
-from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError, Kind, widest
+from .adapter import DTYPES, Adapter, AdapterError
 from .diffusers import CONFIGS
-from .format import Stored
+from .expanded import SUFFIXES as EXPANDED
+from .names import UNDERSCORED
 from .parts import INDEX, PART, Tensors, opened
 from .peft import CONFIG, WEIGHTS
 from .refusals import PICKLES, and_more, check_config, refuse
 from .table import formats
+from .updates import Scales, tensor_of, updates_of
 
 MAX_TENSORS, MAX_NAME = 200_000, 500  # a hostile header must not cost more than a large adapter
-NUMBERS = (*FACTOR_DTYPES, "I64", "I32")  # of an α
-LARGEST = 1e38  # of a float64 factor: norms of products must not overflow
 
 
 def load_adapter(path: str | os.PathLike, only: Callable[[str], bool] | None = None) -> Adapter:
     """Read an adapter: a PEFT folder, its .safetensors file, or a kohya or diffusers .safetensors file.
 
     A folder without an adapter of its own may hold one further down (`weights_of`). One in several files is read
-    through its index. What is read otherwise than it stands there (an integer α, names without a component, …) is
-    said in a warning.
+    through its index. LoHa, LoKr and LoCon with a core are expanded into two factors (`expanded`). What is read
+    otherwise than it stands there (those, an integer α, names without a component, …) is said in a warning.
 
     The format is detected by the keys. Scales: PEFT as its config says (`peft.Scales`); kohya α/r by the
     module's `.alpha`, and s = 1 where that is missing, as sd-scripts does; diffusers likewise, or by the PEFT
@@ -126,7 +124,7 @@ def group(keys: Iterable[str], where: str) -> tuple[set[str], dict[str, dict[str
 
     Returns
     -------
-    dialects : names of the formats whose suffixes were met
+    dialects : names of the formats whose suffixes were met, "" for factors that no format has alone
     factors : module → {"up": key, "down": key, "alpha": key, "embedding": key of an embedding factor}
     rest : keys that belong to no LoRA factor
 
@@ -136,6 +134,7 @@ def group(keys: Iterable[str], where: str) -> tuple[set[str], dict[str, dict[str
         If a module is spelled in two ways.
     """
     suffixes = {end: (f.name, part) for f in formats().values() for end, part in f.suffixes.items()}
+    suffixes |= {end: ("", part) for end, part in EXPANDED.items()}
     dialects: set[str] = set()
     factors: dict[str, dict[str, str]] = {}
     rest: list[str] = []
@@ -169,7 +168,7 @@ class Layout:
     metadata: dict[str, str]
     factors: dict[str, dict[str, str]]
     saved: dict[str, str]
-    scales: Callable[[str, int], float] | None
+    scales: Scales
 
 
 def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
@@ -182,14 +181,17 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
     dialects, factors, rest = group(tensors.keys(), where)
     rest = _without_zeros(tensors, rest, where)
     saved: dict[str, str] = {}
+    if dialects == {""} and config is None:
+        dialects = {"kohya" if all(map(UNDERSCORED.match, factors)) else "diffusers"}
+    dialects -= {""}
     if dialects <= {"peft"} and config is not None:
-        format, config_path = "peft", str(path.parent / CONFIG)
+        format, config_path, config = "peft", str(path.parent / CONFIG), peft.as_lora(config)
         check_config(config, config_path)
         rest += [parts["alpha"] for parts in factors.values() if "alpha" in parts]
         names = {k: peft.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         refuse([k for k, name in names.items() if name is None], where)
         saved = {name: key for key, name in names.items() if name is not None}
-        scales: Callable[[str, int], float] | None = peft.Scales(config, config_path)
+        scales: Scales = peft.Scales(config, config_path)
         base = config.get("base_model_name_or_path")
     else:
         refuse(rest, where)
@@ -212,72 +214,18 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
 def _without_zeros(tensors: Tensors, keys: list[str], where: str) -> list[str]:
     """The keys but those of full differences that are zero, as some trainers write them."""
     full = [k for k in keys if re.search(r"\.diff(_b)?$", k)]
-    zero = [k for k in full if not bool(_tensor(tensors, k, where).any())]
+    zero = [k for k in full if not bool(tensor_of(tensors, k, where).any())]
     if zero:
         warnings.warn(f"{where}: {zero[0]}{and_more(zero)}: differences that are zero, left out", stacklevel=2)
     return [k for k in keys if k not in zero]
 
 
 def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adapter:
-    factors, where = layout.factors, layout.where
-    saved = {n: _tensor(tensors, key, where, DTYPES.values()) for n, key in layout.saved.items() if only(n)}
+    where = layout.where
+    saved = {n: tensor_of(tensors, key, where, DTYPES.values()) for n, key in layout.saved.items() if only(n)}
     if empty := [n for n, t in saved.items() if not t.numel()]:
         raise AdapterError(
             f"{where}: {empty[0]}: a full tensor of shape {tuple(saved[empty[0]].shape)}, which holds nothing"
         )
-    modules: dict[str, Stored] = {}
-    kinds: dict[str, Kind] = {}
-    for name in filter(only, factors):
-        parts = factors[name]
-        modules[name] = update = _update(tensors, name, parts, layout.scales, where)
-        if "embedding" in parts:
-            kinds[name] = Kind("embedding")
-        elif update.down.ndim > 2:
-            kinds[name] = Kind("conv", tuple(update.down.shape[2:]))
-    whole = [n for n, u in modules.items() if u.alpha is not None and not u.alpha.is_floating_point()]
-    if whole:
-        warnings.warn(f"{where}: {whole[0]}.alpha{and_more(whole)}: stored as integers, read as numbers", stacklevel=2)
-    keys = [parts[role] for parts in factors.values() for role in ("up", "down") if role in parts]
-    names = {tensors.dtype(key) for key in keys}  # of all factors, whatever `only` says
-    dtype = widest(t for t in DTYPES if DTYPES[t] in names & set(FACTOR_DTYPES))
-    return Adapter(
-        dict(modules), layout.base, layout.format, kinds, layout.config, saved, layout.metadata, dtype, where
-    )
-
-
-def _update(tensors: Tensors, name: str, parts: dict[str, str], scales, where: str) -> Stored:
-    if "up" not in parts or "down" not in parts:
-        raise AdapterError(f"{where}: {name}: expected two factors, got only {min(parts.values())}")
-    up, down = (_tensor(tensors, parts[role], where) for role in ("up", "down"))
-    shapes = f"{where}: {name}: {parts['up']} is {tuple(up.shape)} and {parts['down']} {tuple(down.shape)}"
-    if up.ndim != down.ndim or up.ndim < 2 or set(up.shape[2:]) - {1} or not up.numel() * down.numel():
-        raise AdapterError(f"{shapes}, expected (m, r) and (r, n), or (out, r, 1, 1) and (r, in, h, w)")
-    rank = down.shape[0]
-    if up.shape[1] != rank:
-        hint = " (a grouped convolution?)" if up.ndim > 2 else ""
-        raise AdapterError(f"{shapes}, expected one rank, got {up.shape[1]} and {rank}{hint}")
-    alpha = _tensor(tensors, parts["alpha"], where, NUMBERS) if "alpha" in parts else None
-    if alpha is None:
-        scale = scales(name, rank) if scales else 1.0
-    elif alpha.numel() != 1 or not float(alpha):
-        # Zero: kohya's trainer reads it as α = r, its merge script as no update at all.
-        raise AdapterError(f"{where}: {name}: alpha is {alpha.tolist()}, expected one nonzero number")
-    else:
-        scale = float(alpha) / rank
-    update = Stored.fold(up, down, scale, alpha)
-    if scale != 1 and not finite(update.left):
-        raise AdapterError(f"{where}: {name}: scale {scale:g} times {parts['up']} overflows {update.dtype}")
-    largest = max(float(x.abs().max()) for x in (update.left, update.right)) if update.dtype == torch.float64 else 0
-    if largest > LARGEST:
-        raise AdapterError(f"{where}: {name}: a factor holds {largest:.1e}, expected below {LARGEST:.0e}")
-    return update
-
-
-def _tensor(tensors: Tensors, key: str, where: str, expected: Iterable[str] = FACTOR_DTYPES) -> Tensor:
-    dtype = tensors.dtype(key)
-    if dtype not in expected:
-        raise AdapterError(f"{where}: {key} is {dtype} (quantised?), expected one of {', '.join(expected)}")
-    tensor = tensors[key]
-    if not finite(tensor):
-        raise AdapterError(f"{where}: {key} holds NaN or Inf, expected finite numbers")
-    return tensor
+    modules, kinds, dtype = updates_of(tensors, layout.factors, layout.scales, only, where)
+    return Adapter(modules, layout.base, layout.format, kinds, layout.config, saved, layout.metadata, dtype, where)

@@ -11,7 +11,7 @@ import torch
 from ..files import Adapter, combine, dropping, level, load_adapter, matched, scaled, shapes_of
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
-from ..values import AUTO, Energy, Limit, Scale, expect, factor, norms
+from ..values import AUTO, Energy, Full, Limit, Scale, expect, factor, norms
 from .core import Core
 from .method import Method, method_of
 from .space import SPACES, Merged, merge_module, side_by_side
@@ -82,6 +82,7 @@ def merge(
     any_base: bool = False,
     ragged: bool = False,
     drop: Sequence[str] = (),
+    full: str | None = None,
     **options,
 ) -> Adapter:
     """One adapter out of several: `merge(a, b, method="tsv")`, or `merge([a, b], "tsv")`.
@@ -118,6 +119,9 @@ def merge(
         one rank and one α scale every module right.
     drop : sequence of str
         Modules and full tensors to leave out: names, or patterns of `fnmatch`.
+    full : {"first", "drop", "mean"}, optional
+        What becomes of full tensors (`modules_to_save`) where adapters differ in them: that of the first adapter that
+        has one, none of them, or the mean over those that have it, at equal weights. Refused unless given.
     **options
         Of the method.
 
@@ -136,7 +140,7 @@ def merge(
         in two adapters.
     """
     adapters, method = _taken(inputs, method)
-    options |= {"disjoint": disjoint, "any_base": any_base, "drop": drop}
+    options |= {"disjoint": disjoint, "any_base": any_base, "drop": drop, "full": full}
     part = merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, ragged, **options)
     return part.finish()
 
@@ -166,7 +170,7 @@ def merge_part(
 ) -> Part:
     """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
     entry, weights, adapters, merged = checked(adapters, method, weights, scale, rank, energy, **options)
-    for name in ("disjoint", "any_base", "drop"):
+    for name in ("disjoint", "any_base", "drop", "full"):
         options.pop(name, None)
     scale, shapes = entry.scale if scale is None else scale, shapes_of(adapters)
     if plain := entry.plain and rank is None and energy is None:
@@ -217,6 +221,7 @@ def checked(
     disjoint: bool = False,
     any_base: bool = False,
     drop: Sequence[str] = (),
+    full: str | None = None,
     **options,
 ) -> tuple[Method, list[float], list[Adapter], Adapter]:
     """What `merge` refuses before it works, see there.
@@ -227,6 +232,7 @@ def checked(
     entry.check(**options)
     expect(Limit, rank=rank)
     expect(Energy, energy=energy)
+    expect(Full, full=full)
     if scale is not None:
         expect(Scale, scale=scale)
     if not adapters:
@@ -237,7 +243,7 @@ def checked(
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, got {weights}")
     adapters = matched(dropping(adapters, drop), disjoint)
-    return entry, weights, adapters, combine(adapters, adapters[0].modules, any_base)
+    return entry, weights, adapters, combine(adapters, adapters[0].modules, any_base, full)
 
 
 def _local(options: Mapping, method: Method, name: str) -> dict:
