@@ -61,7 +61,7 @@ INSIDE = {
     " read write live bundle shipped",
     "merging": "core method rules space merge plan shards",
     "streams": "stream opcm whitened_sum whitening factors store",
-    "command": "console card recipe tables drawing report states app",
+    "command": "console card recipe tables drawing report states merges app",
     "lab": "assets gguf embedded tasks bases attach training evaluation train experiments evidence generation",
 }
 

@@ -1,0 +1,230 @@
+"""`lora-opcm merge`, `resize` and `join`: one adapter out of several."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import (
+    AnyBase,
+    Disjoint,
+    Drop,
+    Energy,
+    Full,
+    Inputs,
+    OutDType,
+    OutFormat,
+    Output,
+    Overwrite,
+    Ragged,
+    Rank,
+    Source,
+    Steps,
+    note,
+    number_or_word,
+    say,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
+    """`name=value` options, each value as JSON where it is some."""
+    from ..merging.method import method_of
+    from ..values import nearest
+
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        known = [*method_of(method).options, "scale"]
+        if not equals or name not in known:
+            wrong = f"{method} has no option {name!r}" if equals else "expected name=value"
+            raise ValueError(f"--option {pair}: {wrong}; it takes {', '.join(known)}{nearest(name, known)}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _method_names() -> list[str]:
+    from ..merging.method import table
+
+    return [name for name, m in table().items() if not m.data]
+
+
+def merge_(
+    adapters: Inputs,
+    output: Output,
+    method: Annotated[str, typer.Option(help="see `lora-opcm methods`", autocompletion=_method_names)] = "opcm",
+    weights: Annotated[str | None, typer.Option(help="one factor per adapter, such as 0.7,-0.4")] = None,
+    alpha: Annotated[float | None, typer.Option(min=0, max=1, help="OPCM's threshold")] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="factor of the merged update; norm: the mean norm of the inputs, 2norm: twice that, auto: √T times"
+            " it for T inputs, at most twice; the method's own unless given"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="for methods that draw random masks")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="another option of the method, name=value")] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    dtype: OutDType = None,
+    format: OutFormat = None,
+    device: Annotated[str | None, typer.Option(help="where large matrices are multiplied, such as cuda")] = None,
+    drop: Drop = None,
+    full: Full = None,
+    disjoint: Disjoint = False,
+    any_base: AnyBase = False,
+    ragged: Ragged = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, write nothing")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="merge only part i of n, i/n from 0, into a file for `join`")
+    ] = None,
+):
+    """One adapter out of several. Writes the adapter, a recipe and, for PEFT, a model card.
+
+    Known spellings of one layer are one module, under the name the first adapter gives it.
+    """
+    from ..files import load_adapter
+    from ..merging.merge import checked, merge
+    from ..merging.method import method_of
+    from ..merging.shards import merge_shard
+    from . import recipe
+
+    options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
+    options |= {"rank": rank, "energy": energy, "drop": drop, "full": full and full.value}
+    options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
+    call: dict[str, Any] = {
+        "method": method,
+        "scale": method_of(method).scale,
+    }  # said in any case: a default may change
+    call |= {name: v for name, v in options.items() if v is not None}
+    if weights is not None:
+        try:
+            call["weights"] = [float(w) for w in weights.split(",")]
+        except ValueError:
+            raise ValueError(f"--weights {weights}: expected numbers with commas between them") from None
+    part = None if shard is None else _shard(shard)
+    if not dry_run:
+        recipe.refuse_existing(output, overwrite, None if part else format)
+    if part and (dtype or format):
+        raise ValueError("--shard writes a part as it is, without --dtype; --format is an option of `join`")
+    if part and not dry_run:
+        with Steps() as steps:
+            inputs = [(path.name, load_adapter(path).id) for path in steps("hashing", adapters)]
+            progress = steps.of(f"merging part {shard}")
+            path = merge_shard(adapters, output, part, inputs=inputs, progress=progress, device=device, **call)
+        return note(f"wrote {path}: part {shard}; `lora-opcm join` takes all parts")
+    with Steps() as steps:
+        loaded = [load_adapter(path) for path in steps("reading", adapters)]
+        insisted = {name: value for name, value in call.items() if name != "ragged"}
+        _, _, matched, _ = checked(loaded, **insisted)
+        if dry_run:
+            raise typer.Exit(_dry_run(matched, call, output, overwrite, part, format, torch_dtype(dtype)))
+        recipe.refuse_existing(output, overwrite, format or loaded[0].format)
+        inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
+        wide = recipe.wide_enough(loaded, torch_dtype(dtype))
+        merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {method}"), **call)
+        path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite)
+    _wrote(path, merged)
+
+
+def resize_(
+    adapter: Source,
+    output: Output,
+    rank: Rank = None,
+    energy: Energy = None,
+    strength: Annotated[float | None, typer.Option(help="bake this factor into the update, such as 0.8")] = None,
+    dtype: OutDType = None,
+    format: OutFormat = None,
+    drop: Drop = None,
+    ragged: Ragged = False,
+    overwrite: Overwrite = False,
+):
+    """One adapter at a lower rank, the nearest there is, or at another strength.
+
+    The same as `merge` of this adapter alone: `merge A --method cat --rank 8 --weights 0.8`.
+    """
+    if rank is None and energy is None and strength is None:
+        raise ValueError("expected what to change: --rank, --energy or --strength")
+    weights = None if strength is None else str(strength)
+    merge_(
+        [adapter], output, "cat", weights, rank=rank, energy=energy, dtype=dtype, format=format, drop=drop,
+        ragged=ragged, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _wrote(path: Path, merged) -> None:
+    worst = max(merged.dropped, key=merged.dropped.get, default=None)
+    lost = f"; the cut dropped at most {merged.dropped.get(worst, 0):.1%} of a module's squared norm ({worst})"
+    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
+    note(
+        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}"
+        + lost * (merged.dropped.get(worst, 0) > 1e-9)
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--shard {text}: expected i/n with 0 ≤ i < n, such as 0/3")
+    return int(index), int(count)
+
+
+def _dry_run(
+    loaded: list,
+    call: dict,
+    output: Path,
+    overwrite: bool,
+    part: tuple | None,
+    format: str | None,
+    dtype: "torch.dtype | None",
+) -> int:
+    from ..merging.plan import plan
+    from ..values import AUTO, factor, norms
+    from . import recipe
+
+    total: dict[str, int] = {}
+    for adapter in loaded:
+        for name, update in adapter.items():
+            total[name] = total.get(name, 0) + update.rank
+    say(f"would merge {len(loaded)} adapters, {len(total)} modules, by {call}")
+    rank = call.get("rank")
+    say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
+    if call["scale"] == AUTO:
+        sizes = [abs(w) * a.norm() for w, a in zip(call.get("weights", [1.0] * len(loaded)), loaded, strict=True)]
+        times = norms(AUTO, sum(map(bool, sizes)))
+        say(f"would scale to norm {factor(AUTO, 1.0, sizes):.4g}, {times:.3g} times the mean norm of the adapters")
+    planned = plan(loaded, call["method"], rank=rank, dtype=dtype)
+    say(
+        f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"
+        f" {planned.written / 1e6:.3g} MB, and take about {planned.seconds:.2g} s here"
+    )
+    try:
+        recipe.refuse_existing(output, overwrite, None if part else format or loaded[0].format)
+    except ValueError as error:
+        say(f"would refuse: {error}")
+        return 1
+    say(f"would write {output}")
+    return 0
+
+
+def join_(
+    parts: Annotated[list[Path], typer.Argument(help="files of `merge --shard`, all of one merge")],
+    output: Output,
+    format: OutFormat = None,
+    overwrite: Overwrite = False,
+):
+    """The parts of a merge as one adapter: the same bytes as a merge in one go."""
+    from ..merging.shards import join
+    from . import recipe
+
+    recipe.refuse_existing(output, overwrite, format)
+    merged, call, inputs = join(parts)
+    _wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)
