@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from ..lowrank import LowRank
 from ..merging.core import Core
 from ..merging.rules.projection import project
 from ..numerics import working_dtype
 from ..values import Limit, Scale, Share, Variant
-from .stream import State, Stream
+from .stream import State
+from .update import UpdateStream
 
 
-class ContinualMerger(Stream[LowRank]):
+class ContinualMerger(UpdateStream):
     """Merges adapters one at a time by orthogonal projection (arXiv 2501.09522).
 
     Parameters
@@ -74,18 +73,6 @@ class ContinualMerger(Stream[LowRank]):
             " later was projected against it, and the state keeps only their sum. Merge the others anew, or keep"
             " a state of whitened_sum, which can forget"
         )
-
-    def export(self, kept: LowRank) -> LowRank:
-        return kept
-
-    def shape(self, kept: LowRank) -> tuple[int, int]:
-        return kept.shape
-
-    def pack(self, kept: LowRank) -> dict[str, Tensor]:
-        return {"left": kept.left, "right": kept.right}
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> LowRank:
-        return LowRank(tensors["left"], tensors["right"])
 
 
 def size_of(state: State[LowRank]) -> float:

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from ..lowrank import LowRank
 from ..merging.core import Core
 from ..merging.rules.frames import whitening
 from ..numerics import working_dtype
 from ..values import AUTO, Limit, Scale
-from .stream import State, Stream
+from .stream import State
+from .update import UpdateStream
 
 
-class WhiteningMerger(Stream[LowRank]):
+class WhiteningMerger(UpdateStream):
     """Merges adapters one at a time by making their stacked singular frames orthonormal again (this package).
 
     A step gives polar([U U_new]) diag(Σ, Σ_new) polar([V V_new])ᵀ. Both frames are orthonormal: it is a singular value
@@ -55,15 +54,3 @@ class WhiteningMerger(Stream[LowRank]):
             " turned to stand at right angles to the others. Merge the others anew, or keep a state of whitened_sum"
             " with no cap, which can forget"
         )
-
-    def export(self, kept: LowRank) -> LowRank:
-        return kept
-
-    def shape(self, kept: LowRank) -> tuple[int, int]:
-        return kept.shape
-
-    def pack(self, kept: LowRank) -> dict[str, Tensor]:
-        return {"left": kept.left, "right": kept.right}
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> LowRank:
-        return LowRank(tensors["left"], tensors["right"])
