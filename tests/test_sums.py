@@ -80,7 +80,7 @@ def test_missing_modules_and_refusals():
         merger.add(b.with_modules({"a": lo.LowRank(torch.ones(3, 1), torch.ones(1, 4))}))
 
 
-@pytest.mark.parametrize("make", [lo.SumMerger, lo.ContinualMerger, lo.FactorMerger])
+@pytest.mark.parametrize("make", [lo.SumMerger, lo.ContinualMerger, lo.FactorMerger, lo.WhiteningMerger])
 def test_by_auto_a_stream_grows_with_the_root_of_its_adapters(make, tmp_path):
     """However it is cut: 1, √2, √3, 2 and 2 mean norms; an adapter that is zero is none."""
     adapters, merger = stream(5), make(scale="auto")
@@ -191,7 +191,7 @@ def test_states_know_their_kind(tmp_path):
         lo.SumMerger().save(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger, lo.WhiteningMerger])
 def test_modules_and_kinds_of_later_adapters_outlive_a_reload(kind, tmp_path):
     a, b = stream(2, dtype=torch.float32)
     first = a.with_modules({"a": a.modules["a"]})
@@ -225,7 +225,7 @@ def test_members_of_other_types_are_a_damaged_state(field, value, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["members", "modules"])
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger, lo.WhiteningMerger])
 def test_a_state_of_nothing_is_a_damaged_one(kind, field, tmp_path):
     path = kind().add(stream(1)[0]).save(tmp_path / "s")
     with safe_open(path, framework="pt") as file:
@@ -240,7 +240,7 @@ def test_a_state_of_nothing_is_a_damaged_one(kind, field, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["left/a is flat", "kernel is infinite"])
-@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger])
+@pytest.mark.parametrize("kind", [lo.ContinualMerger, lo.SumMerger, lo.FactorMerger, lo.WhiteningMerger])
 def test_damage_of_every_sort_is_an_adapter_error(damage, kind, tmp_path):
     merger = kind().add(lo.Adapter(stream(1)[0].modules, kinds={"a": Kind("conv", (3, 3))}))
     path = merger.save(tmp_path / "s")
@@ -307,3 +307,23 @@ def test_a_whitening_stream_says_what_its_cap_cut_and_cannot_forget():
     assert merger.state.history[0]["dropped"] == 0
     with pytest.raises(ValueError, match="turned to stand at right angles"):
         merger.remove(one)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("cap", [None, 4])
+def test_a_whitening_stream_in_half_precision_and_with_missing_modules(cap, dtype, near):
+    """An adapter that lacks a module leaves it as it is, first or in between; the state itself is never half."""
+    adapters = stream(4, dtype=dtype)
+    lacking = [
+        one.with_modules({name: one[name] for name in names})
+        for one, names in zip(adapters, ("b", "ab", "a", "ab"), strict=True)
+    ]
+    merger = lo.WhiteningMerger(rank=cap, scale=1.0)
+    for one in lacking:
+        merger.add(one, disjoint=True)
+        assert {u.left.dtype for u in merger.state.modules.values()} == {torch.float32}
+    merged = merger.adapter()
+    assert merged.dtype == dtype
+    for name in SHAPES:
+        dense = dense_whitening([one[name].delta().double().numpy() for one in lacking if name in one], cap)
+        assert error(merged[name], torch.from_numpy(dense)) < near, name
