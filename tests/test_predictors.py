@@ -29,7 +29,7 @@ def test_predictors_are_those_of_dense_updates():
     a, b = (adapter_of(generator, [(20, 30), (24, 18)]) for _ in range(2))
     found, by_module = predictors.predictors(a, b), []
     for name in a.modules:
-        x, y = (adapter.modules[name].from_dense().numpy() for adapter in (a, b))
+        x, y = (adapter.modules[name].delta().numpy() for adapter in (a, b))
         size = np.linalg.norm(x) * np.linalg.norm(y)
         left, right = (np.trace(p @ q) / predictors.K for p, q in zip(leading(x, 8), leading(y, 8)))
         inputs, outputs = np.linalg.norm(x @ y.T) / size, np.linalg.norm(x.T @ y) / size

@@ -30,11 +30,11 @@ def machine() -> str:
 
 
 def executed(folder: Path) -> pd.DataFrame:
-    """One row an executed notebook."""
+    """One row an executed notebook; one that was executed once and is no page any more is left out."""
     from lora_opcm import __version__
 
     rows = []
-    for path in sorted(folder.glob("*.ipynb")):
+    for path in sorted(path for path in folder.glob("*.ipynb") if path.stem in _experiments()):
         run = nbformat.read(path, 4).metadata.papermill
         given = {k: v for k, v in run.parameters.items() if k not in ("profile", "results", "trained", "adapters")}
         rows.append(
