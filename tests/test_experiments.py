@@ -206,7 +206,7 @@ def test_runs_are_recorded_once_and_told_by_date(status, tmp_path):
     assert list(rows.experiment) == ["cost", "order"] and list(rows.seconds) == [42, 42]
     assert list(rows.parameters) == ["counts = [2, 8]"] * 2 and rows.machine.str.contains("×").all()
     told = status.log(status.recorded(records))
-    assert told.index("## 2026-01-03") < told.index("## 2026-01-02") < told.index("## Before records were kept")
+    assert told.index("### 2026-01-03") < told.index("### 2026-01-02") < told.index("### Before records were kept")
     assert "profile `full`" in told and "42 s on" in told
 
 
