@@ -52,12 +52,12 @@ def test_chapter_has_outputs_and_checked_cells(chapter):
     assert len(checked) >= 3 and all(c.outputs for c in checked), "a chapter with no checked cell is not tested"
 
 
-def test_the_grassmannian_runs_without_geomstats(monkeypatch):
+def test_straight_lines_run_without_geomstats(monkeypatch):
     """Every cell that calls it says in one line that it cannot, and all else is printed as stored."""
     monkeypatch.setenv("GEOMSTATS_BACKEND", "numpy")
     for name in ["geomstats", *(m for m in sys.modules if m.startswith("geomstats."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    cells = [c for c in nbformat.read(ROOT / "book" / "grassmannian.ipynb", 4).cells if c.cell_type == "code"]
+    cells = [c for c in nbformat.read(ROOT / "book" / "straight_lines.ipynb", 4).cells if c.cell_type == "code"]
     names, absent = {}, "geomstats cannot be imported here: its check is left out"
     calling = [c for c in cells if re.search(r"\b(gs|space)\.", c.source)]
     assert len(calling) == 4

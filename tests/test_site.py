@@ -164,7 +164,7 @@ def test_missing_page_finds_its_site_under_any_prefix(prefix, page):
 
 
 def test_play_button_moves_the_figure(page, server):
-    page.goto(f"{server}/book/grassmannian.html", wait_until="networkidle")
+    page.goto(f"{server}/book/straight_lines.html", wait_until="networkidle")
     boxes = page.locator(".lo-figure")
     for i in range(boxes.count()):
         boxes.nth(i).scroll_into_view_if_needed()
