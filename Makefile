@@ -73,7 +73,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 # The site serves the wheel that its notebooks install on Colab.
-_build/wheels/.built: $(shell find lora_opcm -name '*.py') data/adapters/manifest.json pyproject.toml | $(BIN)/.ready
+_build/wheels/.built: $(shell find lora_opcm -name '*.py') data/adapters/manifest.json $(wildcard data/results/*) pyproject.toml | $(BIN)/.ready
 	@rm -rf $(@D)
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	@touch $@

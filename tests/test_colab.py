@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import numpy as np
+import plotly
 import plotly.graph_objects as go
 import pytest
 import yaml
@@ -201,7 +203,7 @@ def test_folded_cells_are_named_forms_and_figures_are_drawn(small):
     assert drawing.source == "#@title Code of Figure 1.1\ndraw()" and drawing.metadata == {"cellView": "form"}
     (shown,) = drawing.outputs
     assert shown.data["text/plain"] == "two points"
-    assert 'src="https://book.test/deep/_static/plotly.min.js"' in shown.data["text/html"]
+    assert 'src="https://book.test/deep/_static/plotly-cartesian.min.js"' in shown.data["text/html"]
     assert '"y":[0.33333,2.0]' in shown.data["text/html"]
     assert caption.source == "**Figure 1.1.** *What to see.* And on."
     assert imports.source == "#@title Imports\nimport os"
@@ -212,6 +214,27 @@ def test_page_opens_its_copy(small):
     opened = "https://colab.research.google.com/#fileId=https%3A//book.test/deep/colab/one.ipynb"
     assert links["Open in Colab"] == links["Colab"] == opened
     assert links[".ipynb"] == "colab/one.ipynb"
+
+
+def test_figures_say_what_a_screen_shows():
+    from offline import rounded, script
+
+    wide = [[1 / 3, -2e9 / 7], [1234567.0, float("nan")]]
+    encoded = go.Figure(go.Heatmap(z=np.array(wide))).to_plotly_json()["data"][0]["z"]
+    assert rounded({"z": encoded, "name": "a", "n": 1234567}) == {
+        "z": [[0.33333, -285710000.0], [1234567.0, None]],
+        "name": "a",
+        "n": 1234567,
+    }
+    assert script({"data": [{}, {"type": "heatmap"}]}) == "plotly-cartesian.min.js"
+    assert script({"data": [{}, {"type": "scatter3d"}]}) == "plotly.min.js"
+
+
+def test_both_copies_of_plotly_are_of_one_version():
+    whole = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    flat = ROOT / "book" / "_static" / "plotly-cartesian.min.js"
+    versions = {re.search(r"plotly\.js .*?v([\d.]+)", path.read_text("utf8")[:200])[1] for path in (whole, flat)}
+    assert len(versions) == 1, f"{versions}: {flat.name} is npm's plotly.js-cartesian-dist-min of the other's version"
 
 
 def test_a_link_to_nowhere_stops_the_build(small):
@@ -302,6 +325,21 @@ def _all(tokens):
     for token in tokens:
         yield token
         yield from _all(token.children or [])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_figures_of_the_copy_draw_themselves(name, browser, server):
+    """Each in a frame of its own, with the script of the site."""
+    outputs = [o for c in nbformat.read(SITE / "colab" / name, 4).cells for o in c.get("outputs", [])]
+    shown = [o.data["text/html"] for o in outputs if "plotly" in o.get("data", {}).get("text/html", "")]
+    page, troubles = browser.new_page(), []
+    page.on("pageerror", lambda e: troubles.append(str(e)))
+    for html in shown:
+        page.set_content(html.replace(ADDRESS, f"{server}/"), wait_until="load")
+        page.wait_for_selector(".trace path, .points path, .heatmaplayer image, .gl-container canvas", state="attached")
+    page.close()
+    assert troubles == []
 
 
 @pytest.mark.browser

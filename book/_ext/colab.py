@@ -19,7 +19,7 @@ from markdown_it.renderer import RendererHTML
 from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.directives import parse_directive_text
 from myst_parser.parsers.mdit import create_md_parser
-from offline import PLOTLY_MIME, alternative, chapter, rounded
+from offline import PLOTLY_MIME, alternative, chapter, rounded, script
 from sphinx.addnodes import pending_xref
 from sphinx.util.nodes import split_explicit_title
 
@@ -222,7 +222,7 @@ class Copy:
             drawn = pio.to_html(
                 figure,
                 config=CONFIG,
-                include_plotlyjs=f"{self.page.site}_static/plotly.min.js",
+                include_plotlyjs=f"{self.page.site}_static/{script(figure)}",
                 full_html=False,
                 div_id=name,
                 auto_play=False,
