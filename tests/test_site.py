@@ -8,7 +8,7 @@ from conftest import SITE
 from conftest import site_pages as _pages
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
-PAGE_BYTES = 3_000_000  # of one page, beside the scripts that all pages share
+PAGE_BYTES = 1_000_000  # of one page, beside the scripts that all pages share
 
 
 @pytest.fixture

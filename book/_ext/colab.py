@@ -26,7 +26,11 @@ from sphinx.util.nodes import split_explicit_title
 from lora_opcm.command.drawing import CONFIG
 
 OPEN = "https://colab.research.google.com/#fileId="  # any address that serves to other hosts, as GitHub's pages do
-CONTAINERS = ("exercise", "solution", "admonition", "dropdown", "note", "tip", "hint", "warning", "important")
+INK = """const box = document.getElementById("{plot_id}");  // text as the page has it, light or dark
+const menus = (box.layout.updatemenus ?? []).map((menu, i) => [`updatemenus[${i}].font.color`, "#222"]);
+Plotly.relayout(box, {"font.color": getComputedStyle(box).color, ...Object.fromEntries(menus)});"""
+TITLED = ("admonition", "dropdown", "tab-item")  # by their argument, others by what they are
+CONTAINERS = (*TITLED, "exercise", "solution", "note", "tip", "hint", "warning", "important")
 
 
 class Block(Directive):
@@ -116,16 +120,21 @@ class Page:
         name, _, argument = token.info.strip().removeprefix("{").partition("}")
         block = parse_directive_text(Block, argument.strip(), token.content, validate_options=False)
         title, kind = " ".join(block.arguments), name.removeprefix("prf:")
+        body = "\n".join(block.body).strip("\n")
+        if kind == "code-block":
+            return f"```{title}\n{body}\n```"
+        if kind == "tab-set":
+            return self.blocks(body)
         if name not in CONTAINERS and kind == name:
             return f"[What stands here is drawn on the page of the book]({self.address})."
         if kind == "solution":
             head, title = f"Solution of {self.numbered('exercise', title)}", ""
-        elif kind in ("admonition", "dropdown"):
+        elif kind in TITLED:
             head, title = title, ""
         else:
             head = self.numbered(kind, block.options.get("label", ""))
         head += f" ({title})" if title else ""
-        body = self.blocks("\n".join(block.body).strip())
+        body = self.blocks(body)
         if kind == "dropdown" or "dropdown" in block.options.get("class", ""):
             return f"<details>\n<summary><b>{head}</b></summary>\n\n{body}\n\n</details>"
         quoted = f"**{head}.**\n\n{self.one_line(body)}" + ("\n\n∎" if kind == "proof" else "")
@@ -225,6 +234,7 @@ class Copy:
                 include_plotlyjs=f"{self.page.site}_static/{script(figure)}",
                 full_html=False,
                 div_id=name,
+                post_script=INK,
                 auto_play=False,
                 validate=False,
             )
