@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 import lora_opcm as lo
 from lora_opcm.files.shipped import results
@@ -92,6 +92,7 @@ def stream(label: str, cap: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+@cache
 def at_rule(step: int, label: str, rank: int | None) -> tables.Row | None:
     return tables.at_step(run(), run().select("bake_off", run().seeds)[label, rank], step)
 
@@ -154,6 +155,7 @@ def powers() -> dict[int | None, pd.DataFrame]:
     return found
 
 
+@cache
 def predictors() -> dict[str, tuple[float, float, float]]:
     """Spearman's ρ of each measure of overlap with what a pair loses when added; the interval resamples tasks."""
     found = results("overlap").groupby("pair", sort=False)[["loss", *PREDICTORS]].mean()
@@ -162,14 +164,18 @@ def predictors() -> dict[str, tuple[float, float, float]]:
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), 1000)  # how often each task counts
     times = np.stack([drawn[:, np.searchsorted(names, side)] for side in ends.T]).prod(0)
     samples = [found.iloc[np.repeat(np.arange(len(found)), each)] for each in times]
-    samples = [sample for sample in samples if sample.loss.nunique() > 2]
-    rho = lambda part, column: spearmanr(part[column], part.loss)[0]  # noqa: E731
-    return {
-        column: (rho(found, column), *np.nanquantile([rho(part, column) for part in samples], (0.025, 0.975)))
-        for column in PREDICTORS
-    }
+    rho = np.stack([_ranks(found)] + [_ranks(sample) for sample in samples if sample.loss.nunique() > 2])
+    low, high = np.nanquantile(rho[1:], (0.025, 0.975), axis=0)
+    return dict(zip(PREDICTORS, zip(rho[0], low, high)))
 
 
+def _ranks(part: pd.DataFrame) -> np.ndarray:
+    """Spearman's ρ of the first column with each of the others."""
+    with np.errstate(invalid="ignore"):  # a resample may have one value only
+        return np.corrcoef(rankdata(part, axis=0).T)[0, 1:]
+
+
+@cache
 def spread(label: str, cap: int) -> tuple[float, float]:
     """Standard deviation of the gain over orders: as it is, and with the noise of the test texts taken out."""
     draws = np.stack([run().row([o]).draws for o in run().select("stream", [run().seeds[0]])[label, cap]])

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from scipy.stats import halfnorm
 
 from lora_opcm.lab.evidence import choice, tables
+from lora_opcm.lab.evidence.rows import CAPS, RANK
 from lora_opcm.site import figures
 
 WIDTH = 640
@@ -73,7 +74,12 @@ def tasks() -> go.Figure:
     names |= {label: f"{label}*" for label in ("task arithmetic", "TIES", "OPCM", "TSV", "whitened sum")}
     ends = {n: tuple((r.value, *tables.interval(r.draws)) for r in (two[k], all_[k, None])) for k, n in names.items()}
     ends = dict(sorted(ends.items(), key=lambda item: item[1][1][0]))
-    figure = _grid(("encoder, eight tasks", "language model, nine puzzles"), 240, horizontal_spacing=0.27)
+    count = len(findings.run().outcomes[0].trial.tasks)
+    figure = _grid(
+        (f"encoder, {count} tasks", f"language model, {len(findings.puzzle_run().tasks)} puzzles"),
+        240,
+        horizontal_spacing=0.27,
+    )
     _ends(figure, ends, ("two adapters", "all adapters"), 1)
     pairs, guess = findings.pairs_at_rule(), findings.guess()
     nine = findings.puzzles(None)
@@ -107,7 +113,7 @@ def overlap() -> go.Figure:
     sizes = np.sort(found["ratio cosine"])
     grid = np.linspace(0, 8, 161)
     drawn = (
-        ("eight adapters", np.searchsorted(sizes, grid) / len(sizes), "solid", figures.BLUE),
+        ("adapters", np.searchsorted(sizes, grid) / len(sizes), "solid", figures.BLUE),
         ("chance", halfnorm.cdf(grid), "dot", INK),
     )
     for name, share, dash, colour in drawn:
@@ -130,12 +136,12 @@ def efficiency() -> go.Figure:
     for label in sorted((*findings.MAIN, "DOP", "KnOTS-TIES"), key=lambda k: rows[k, None].value):
         short = {"all adapters": "grows", "all directions": "grows"}
         state = findings.state(rows[label, None])[0]
-        two = tuple((r.value, *tables.interval(r.draws)) for r in (rows[label, None], rows[label, 16]))
+        two = tuple((r.value, *tables.interval(r.draws)) for r in (rows[label, None], rows[label, RANK]))
         ends[f"{label} ({short.get(state, state)})"] = two
-    figure = _grid(("as it comes, and at rank 16", "streams of bounded memory"), 280, horizontal_spacing=0.12)
-    _ends(figure, ends, ("rank as it comes", "rank 16"), 1)
+    figure = _grid(("as it comes, and at one rank", "streams of bounded memory"), 280, horizontal_spacing=0.12)
+    _ends(figure, ends, ("rank as it comes", f"rank {RANK}"), 1)
     figure.update_xaxes(title="recovered gain, %", row=1, col=1)
-    caps = [16, 32, 64]
+    caps = list(CAPS)
     for i, label in enumerate(findings.STREAMS):
         lines = [findings.stream(label, cap) for cap in caps]
         x = [j + (i - 2) * 0.13 for j in range(len(caps))]
@@ -150,7 +156,7 @@ def efficiency() -> go.Figure:
             type="line", x0=j - 0.42, x1=j + 0.42, y0=findings.lead(cap)[1].value, y1=findings.lead(cap)[1].value,
             line={"dash": "dot", "color": INK, "width": 1.5}, row=1, col=2,
         )  # fmt: skip
-    figure.update_xaxes(title="directions kept", tickvals=[0, 1, 2], ticktext=caps, row=1, col=2)
+    figure.update_xaxes(title="directions kept", tickvals=list(range(len(caps))), ticktext=caps, row=1, col=2)
     figure.update_yaxes(title="recovered gain, %", range=[44, 81], row=1, col=2)
     return _titled(
         figure,
@@ -178,7 +184,7 @@ def ablations() -> go.Figure:
     for column, knob in ((2, findings.knob("OPCM", "alpha")), (3, findings.powers())):
         for rank, name, symbol, dash, colour in (
             (None, "rank as it comes", "circle", "solid", figures.BLUE),
-            (16, "rank 16", "diamond-open", "dash", figures.VERMILION),
+            (RANK, f"rank {RANK}", "diamond-open", "dash", figures.VERMILION),
         ):
             part = knob[rank]
             figure.add_scatter(

@@ -4,8 +4,7 @@ A value has a name, such as `TSV/gain`; the paper says it with `\\val{TSV/gain}`
 here.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from findings import (
     state,
     stream,
 )
-from pybtex.database import parse_file
+from latex import ascii_, between, cited, listed, plain, references, signed, tabular, told, word
 from scipy.stats import norm
 
 from lora_opcm.files.shipped import results
@@ -45,8 +44,6 @@ from lora_opcm.lab.evidence.rows import RANK
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "book" / "paper" / "main.tex"
 CAPS = tuple(ORDERS)
-WORDS = "none one two three four five six seven eight nine ten eleven twelve".split()
-TEX = {"α": r"$\alpha$", "√2": r"$\sqrt2$", "φ": r"$\varphi$", "%": r"\%", "&": r"\&", "_": " "}
 CITED = {  # the sources of rows, where a table has room for them
     "whitened sum": "", "sequential whitening": "", "output whitening": "", "input whitening": "",
     "TSV": "gargiulo2025task", "OPCM": "tang2025merging", "OPCM, FusionBench": "tang2024fusionbench",
@@ -58,40 +55,6 @@ CITED = {  # the sources of rows, where a table has room for them
     "task arithmetic": "ilharco2023editing", "mean": "wortsman2022model", "compress then merge": "he2026compress",
     "quotient mean": "dasilva2026generalizing",
 }  # fmt: skip
-
-
-# -- words and numbers ---------------------------------------------------------------------------------------
-
-
-def plain(value: float, digits: int = 1) -> str:
-    return f"{value:.{digits}f}".replace("-", "$-$")
-
-
-def signed(value: float) -> str:
-    return f"${value:+.1f}$" if round(value, 1) else "0.0"
-
-
-def between(low: float, high: float, say=plain) -> str:
-    return f"[{say(low)}, {say(high)}]"
-
-
-def word(count: int) -> str:
-    return WORDS[count] if count < len(WORDS) else str(count)
-
-
-def told(text: str) -> str:
-    """Words as TeX."""
-    return re.sub("|".join(map(re.escape, TEX)), lambda m: TEX[m[0]], text)
-
-
-def ascii_(name: str) -> str:
-    """The name of a value in letters that TeX takes in a name."""
-    return name.replace("α", "alpha").replace("√", "root ")
-
-
-def listed(names: Iterable[str]) -> str:
-    *most, last = names
-    return told(f"{', '.join(most)} and {last}" if most else last)
 
 
 # -- values --------------------------------------------------------------------------------------------------
@@ -118,22 +81,23 @@ def of_rows() -> dict[str, str]:
             f"worse over tasks{at}": str((others["minus tasks high"] < 0).sum()),
             f"not told apart{at}": listed(others.index[(others["minus low"] <= 0) & (others["minus high"] >= 0)]),
         }  # fmt: skip
-    lost = {label: row.value - ranked(16)[label].value for label, row in ranked(None).items() if label in MAIN}
+    lost = {label: row.value - ranked(RANK)[label].value for label, row in ranked(None).items() if label in MAIN}
     return found | {f"{label}/lost to the cut": plain(value) for label, value in lost.items()}
 
 
 def of_scales() -> dict[str, str]:
     found = {}
     for label in MAIN:
-        for rank, at in ((None, ""), (16, " at 16")):
+        for rank, at in ((None, ""), (RANK, " at 16")):
             found |= {f"{label}{at}/at {n}": plain(r.value) for k, n in STEPS.items() if (r := at_rule(k, label, rank))}
     for label, row in pair_rows().items():
         found |= {
             f"pair {label}/gain": plain(row.value), f"pair {label}/interval": between(*tables.interval(row.draws)),
             f"pair {label}/worst": plain(row.by_seed.min()),
         }  # fmt: skip
-    whole = {label: at_rule(2, label, None).value - ranked(None)[label].value for label in MAIN}
-    found |= {f"{label}/rule minus chosen": signed(value) for label, value in whole.items()}
+    costs = {label: signed(at_rule(2, label, None).value - ranked(None)[label].value) for label in MAIN}
+    found |= {f"{label}/rule minus chosen": cost for label, cost in costs.items()}
+    found["rule is chosen"] = listed(label for label, cost in costs.items() if cost == signed(0))
     curved = [[at_rule(k, label, None).value for k in STEPS] for label in MAIN]
     found["scale range"] = plain(np.median([max(c) - min(c) for c in curved]))
     few = few_texts()
@@ -160,7 +124,7 @@ def of_streams() -> dict[str, str]:
                 f"{key}/minus interval": between(line["minus low"], line["minus high"], signed),
                 f"orders {cap}": word(line["orders"]),
             }  # fmt: skip
-    observed, real = spread("sequential whitening", 16)
+    observed, real = spread("sequential whitening", RANK)
     found |= {"spread": plain(observed), "spread without noise": plain(real), "margin": word(int(tables.MARGIN))}
     for seed in run().seeds[1:]:
         kept, best = carried(seed)
@@ -168,7 +132,7 @@ def of_streams() -> dict[str, str]:
             f"carried {seed}/mean": plain(np.mean(kept)), f"carried {seed}/worst": plain(min(kept)),
             f"carried {seed}/best at hand": plain(best), "carried orders": word(len(kept)),
         }  # fmt: skip
-    capped = run().row(run().select("stream", [first])["sequential whitening", 16][:1])
+    capped = run().row(run().select("stream", [first])["sequential whitening", RANK][:1])
     for name, row in (("one adapter", capped), ("three sums", ranked(None)["whitened sum"])):
         found[f"{name}/MB"] = plain(state(row)[1] / 1e6)
     return found
@@ -212,11 +176,13 @@ def of_puzzles() -> dict[str, str]:
 def of_overlaps() -> dict[str, str]:
     found, rho = overlaps(), predictors()
     top = max(rho, key=lambda name: abs(rho[name][0]))
+    by_module = found.groupby("module")["ratio left"].mean()
     return {
         "cosine/median": plain(found.cosine.abs().median(), 3),
         "cosine/times": plain(found["ratio cosine"].median() / norm.ppf(0.75)),
         "outputs/times": plain(found["ratio left"].median()), "inputs/times": plain(found["ratio right"].median()),
         "overlap directions": word(int(found.k.iloc[0])), "modules": str(found.module.nunique()),
+        "outputs/largest": plain(by_module.max()), "outputs/largest module": by_module.idxmax().replace("encoder.", ""),
         "overlap seeds": word(found.seed.nunique()),
         "predictors": word(len(rho)), "predictor": told(top), "predictor/rho": plain(rho[top][0], 2),
         "predictor/interval": between(*rho[top][1:], lambda x: plain(x, 2)),
@@ -230,7 +196,8 @@ def of_protocol() -> dict[str, str]:
     zero, own = (100 * x[:, 0].mean() for x in (row.zero, row.own))
     return {
         "tasks": word(row.accuracy.shape[2]), "seeds": word(len(run().seeds)), "rank": str(RANK),
-        "pairs": str(len(pair_rows()["mean"].outcomes)), "test texts": f"{sum(sizes['test']):,}", "validation texts": f"{sum(sizes['validation']):,}",
+        "pairs": str(len(pair_rows()["mean"].outcomes)), "test texts": f"{sum(sizes['test']):,}",
+        "validation texts": f"{sum(sizes['validation']):,}",
         "zero-shot": plain(zero), "own": plain(own), "cost/seconds": plain(whole.seconds),
         "cost/threads": word(int(whole.threads)), "cost/adapters": word(int(whole["T"])),
     }  # fmt: skip
@@ -241,14 +208,6 @@ def values() -> dict[str, str]:
 
 
 # -- tables --------------------------------------------------------------------------------------------------
-
-
-def tabular(columns: str, head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    body = "\n".join(" & ".join(line) + r" \\" for line in lines)
-    return (
-        f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}\n\\toprule\n{' & '.join(head)} \\\\\n\\midrule\n{body}\n"
-        "\\bottomrule\n\\end{tabular}\n"
-    )
 
 
 def bake_off_table() -> str:
@@ -263,24 +222,24 @@ def bake_off_table() -> str:
             (told(label) + source, kept, plain(line.gain), between(line.low, line.high),
              between(line["tasks low"], line["tasks high"], lambda x: plain(x, 0)), *small)
         )  # fmt: skip
-    head = ("method", "kept between two", "gain", "interval", "over tasks", "rank 16", "interval")
+    head = ("method", "kept between two", "gain", "interval", "over tasks", f"rank {RANK}", "interval")
     return tabular("llrlrrl", head, lines)
 
 
 def scale_table() -> str:
-    pairs, lines = pair_rows(), []
+    pairs, lines, all_ = pair_rows(), [], word(len(run().outcomes[0].trial.tasks))
     for label in sorted(MAIN, key=lambda label: -ranked(None)[label].value):
         two = ["--", "--"]
         if label in pairs:
             rule = tables.at_step(run(), pairs[label].outcomes, 1)
             two = [plain(rule.value), plain(pairs[label].value)]
         eight = [plain(at_rule(k, label, None).value) for k in STEPS]
-        small = [plain(at_rule(2, label, 16).value), plain(ranked(16)[label].value)]
+        small = [plain(at_rule(2, label, RANK).value), plain(ranked(RANK)[label].value)]
         lines.append((label, *two, *eight, plain(ranked(None)[label].value), *small))
     head = (r"method", r"$\sqrt2$", "chosen", "1", r"$\sqrt2$", "2", r"$2\sqrt2$", "chosen", "2", "chosen")
     groups = (
-        r"& \multicolumn{2}{c}{two adapters} & \multicolumn{5}{c}{eight adapters} & "
-        rf"\multicolumn{{2}}{{c}}{{eight, rank {RANK}}} \\"
+        r"& \multicolumn{2}{c}{two adapters} & "
+        rf"\multicolumn{{5}}{{c}}{{{all_} adapters}} & \multicolumn{{2}}{{c}}{{{all_}, rank {RANK}}} \\"
         "\n\\cmidrule(lr){2-3}\\cmidrule(lr){4-8}\\cmidrule(l){9-10}\n"
     )
     return tabular("l" + "r" * 9, head, lines).replace("\\toprule\n", "\\toprule\n" + groups)
@@ -299,7 +258,7 @@ def stream_table() -> str:
 
 
 def puzzle_table() -> str:
-    whole, cut = puzzles(None), puzzles(16)
+    whole, cut = puzzles(None), puzzles(RANK)
 
     def cells(line: pd.Series | None) -> list[str]:
         if line is None:
@@ -312,7 +271,8 @@ def puzzle_table() -> str:
     lines = [(told(label), *cells(get(whole, label)), *cells(get(cut, label))) for label in labels]
     head = ("method", *("exact", "interval", "likelihood", "scale") * 2)
     groups = (
-        r"& \multicolumn{4}{c}{rank as it comes} & \multicolumn{4}{c}{rank 16} \\"
+        r"& \multicolumn{4}{c}{rank as it comes} & "
+        rf"\multicolumn{{4}}{{c}}{{rank {RANK}}} \\"
         "\n\\cmidrule(lr){2-5}\\cmidrule(l){6-9}\n"
     )
     return tabular("lrlrrrlrr", head, lines).replace("\\toprule\n", "\\toprule\n" + groups)
@@ -321,24 +281,7 @@ def puzzle_table() -> str:
 TABLES = {"bake_off": bake_off_table, "scales": scale_table, "streams": stream_table, "puzzles": puzzle_table}
 
 
-# -- references, and all of it -------------------------------------------------------------------------------
-
-
-def cited(source: str) -> set[str]:
-    groups = re.findall(r"\\cite[tp]?\*?(?:\[[^\]]*\])*\{([^}]+)\}", source)
-    return {key.strip() for group in groups for key in group.split(",")}
-
-
-def references(keys: Iterable[str]) -> str:
-    """Entries of the book's references, with the number of a preprint where plain styles show it."""
-    found = parse_file(ROOT / "book" / "references.bib")
-    for key in set(found.entries) - set(keys):
-        del found.entries[key]
-    for entry in found.entries.values():
-        if "eprint" in entry.fields and "doi" not in entry.fields:
-            said = [entry.fields["note"]] if "note" in entry.fields else []
-            entry.fields["note"] = ". ".join([*said, f"arXiv:{entry.fields['eprint']}"])
-    return found.to_string("bibtex")
+# -- all of it -----------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, numbers: Mapping[str, str], made: Mapping[str, str]) -> None:
@@ -348,7 +291,8 @@ def write(folder: Path, numbers: Mapping[str, str], made: Mapping[str, str]) -> 
     (folder / "numbers.tex").write_text("\n".join(lines) + "\n")
     for name, text in made.items():
         (folder / f"table_{name}.tex").write_text(text)
-    (folder / "references.bib").write_text(references(cited(SOURCE.read_text() + "".join(made.values()))))
+    keys = cited(SOURCE.read_text() + "".join(made.values()))
+    (folder / "references.bib").write_text(references(ROOT / "book" / "references.bib", keys))
 
 
 def main(folder: Path = ROOT / "_build" / "paper") -> None:
