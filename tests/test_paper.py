@@ -141,21 +141,26 @@ def test_the_guess_is_that_of_the_marks(values):
 
 def test_what_the_paper_says_in_words_holds(paper):
     """Sentences without a number that other results would make false."""
-    stream = {cap: paper.stream("sequential whitening", cap) for cap in (16, 32, 64)}
+    import findings
+
+    stream = {cap: findings.stream("sequential whitening", cap) for cap in (16, 32, 64)}
     assert -tables.MARGIN < stream[16]["minus"] < 0 and -2.5 < stream[16]["minus low"] < -tables.MARGIN
     assert all(stream[cap]["minus low"] > -tables.MARGIN for cap in (32, 64))
     assert 0 < stream[16]["within"] < stream[16]["orders"]
-    for rank in paper.RANKS:  # no merge of nine is ahead of the guess
-        assert (paper.puzzles(rank)["over the commonest low"] <= 0).all()
+    assert all(stream[cap]["within"] == stream[cap]["orders"] for cap in (32, 64))
+    for rank in findings.RANKS:  # no merge of nine is ahead of the guess
+        assert (findings.puzzles(rank)["over the commonest low"] <= 0).all()
     leaders = ("sequential whitening", "TSV", "whitened sum", "OPCM", "Iso-C")
-    assert all(70 < paper.ranked(None)[label].value < 80 for label in leaders)  # about three quarters
-    costs = {label: paper.at_rule(2, label, None).value - paper.ranked(None)[label].value for label in paper.MAIN}
+    assert all(70 < findings.ranked(None)[label].value < 80 for label in leaders)  # about three quarters
+    costs = {
+        label: findings.at_rule(2, label, None).value - findings.ranked(None)[label].value for label in findings.MAIN
+    }
     assert min(costs, key=costs.get) == "Iso-C" and costs["task arithmetic"] < -1 and costs["whitened sum"] < 0
-    at_rank = [paper.at_rule(2, "OPCM", 16).value, paper.ranked(16)["OPCM"].value]
+    at_rank = [findings.at_rule(2, "OPCM", 16).value, findings.ranked(16)["OPCM"].value]
     assert at_rank[0] > at_rank[1]
-    scales = paper.puzzles(None).scale
+    scales = findings.puzzles(None).scale
     assert (scales < 1).mean() > 0.5  # likelihood asks for less than one mean norm in most rows
-    assert all(low < 0 < high for _, low, high in paper.predictors().values())
+    assert all(low < 0 < high for _, low, high in findings.predictors().values())
 
 
 def test_without_tex_the_target_says_what_to_install(tmp_path):

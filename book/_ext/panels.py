@@ -138,7 +138,7 @@ def efficiency() -> go.Figure:
         state = findings.state(rows[label, None])[0]
         two = tuple((r.value, *tables.interval(r.draws)) for r in (rows[label, None], rows[label, RANK]))
         ends[f"{label} ({short.get(state, state)})"] = two
-    figure = _grid(("as it comes, and at one rank", "streams of bounded memory"), 280, horizontal_spacing=0.12)
+    figure = _grid((f"as it comes, and at rank {RANK}", "streams of bounded memory"), 280, horizontal_spacing=0.12)
     _ends(figure, ends, ("rank as it comes", f"rank {RANK}"), 1)
     figure.update_xaxes(title="recovered gain, %", row=1, col=1)
     caps = list(CAPS)

@@ -7,32 +7,9 @@ here.
 from collections.abc import Mapping
 from pathlib import Path
 
+import findings
 import numpy as np
 import pandas as pd
-from findings import (
-    MAIN,
-    RANKS,
-    STEPS,
-    STREAMS,
-    at_rule,
-    carried,
-    few_texts,
-    guess,
-    knob,
-    lead,
-    overlaps,
-    pair_rows,
-    pairs_at_rule,
-    powers,
-    predictors,
-    puzzle_run,
-    puzzles,
-    ranked,
-    run,
-    spread,
-    state,
-    stream,
-)
 from latex import ascii_, between, cited, listed, plain, references, signed, tabular, told, word
 from scipy.stats import norm
 
@@ -63,8 +40,8 @@ CITED = {  # the sources of rows, where a table has room for them
 def of_rows() -> dict[str, str]:
     """Gains of the bake-off, and differences to the row that validation texts like best."""
     found = {}
-    for rank in RANKS:
-        rows = ranked(rank)
+    for rank in findings.RANKS:
+        rows = findings.ranked(rank)
         best = tables.favourite(rows)
         table = tables.summary(rows, best)
         others, at = table.drop(best), " at 16" if rank else ""
@@ -81,28 +58,39 @@ def of_rows() -> dict[str, str]:
             f"worse over tasks{at}": str((others["minus tasks high"] < 0).sum()),
             f"not told apart{at}": listed(others.index[(others["minus low"] <= 0) & (others["minus high"] >= 0)]),
         }  # fmt: skip
-    lost = {label: row.value - ranked(RANK)[label].value for label, row in ranked(None).items() if label in MAIN}
+    lost = {
+        label: row.value - findings.ranked(RANK)[label].value
+        for label, row in findings.ranked(None).items()
+        if label in findings.MAIN
+    }
     return found | {f"{label}/lost to the cut": plain(value) for label, value in lost.items()}
 
 
 def of_scales() -> dict[str, str]:
     found = {}
-    for label in MAIN:
+    for label in findings.MAIN:
         for rank, at in ((None, ""), (RANK, " at 16")):
-            found |= {f"{label}{at}/at {n}": plain(r.value) for k, n in STEPS.items() if (r := at_rule(k, label, rank))}
-    for label, row in pair_rows().items():
+            found |= {
+                f"{label}{at}/at {n}": plain(r.value)
+                for k, n in findings.STEPS.items()
+                if (r := findings.at_rule(k, label, rank))
+            }
+    for label, row in findings.pair_rows().items():
         found |= {
             f"pair {label}/gain": plain(row.value), f"pair {label}/interval": between(*tables.interval(row.draws)),
             f"pair {label}/worst": plain(row.by_seed.min()),
         }  # fmt: skip
-    costs = {label: signed(at_rule(2, label, None).value - ranked(None)[label].value) for label in MAIN}
+    costs = {
+        label: signed(findings.at_rule(2, label, None).value - findings.ranked(None)[label].value)
+        for label in findings.MAIN
+    }
     found |= {f"{label}/rule minus chosen": cost for label, cost in costs.items()}
     found["rule is chosen"] = listed(label for label, cost in costs.items() if cost == signed(0))
-    curved = [[at_rule(k, label, None).value for k in STEPS] for label in MAIN]
+    curved = [[findings.at_rule(k, label, None).value for k in findings.STEPS] for label in findings.MAIN]
     found["scale range"] = plain(np.median([max(c) - min(c) for c in curved]))
-    few = few_texts()
+    few = findings.few_texts()
     found |= {"few texts": str(int(few.texts)), "few/lost": plain(few.lost), "few/worst": plain(few.worst)}
-    for name, frames in (("alpha", knob("OPCM", "alpha")), ("power", powers())):
+    for name, frames in (("alpha", findings.knob("OPCM", "alpha")), ("power", findings.powers())):
         for rank, frame in frames.items():
             means = frame.mean()
             at = " at 16" if rank else ""
@@ -111,41 +99,41 @@ def of_scales() -> dict[str, str]:
 
 
 def of_streams() -> dict[str, str]:
-    first = run().seeds[0]
+    first = findings.run().seeds[0]
     found = {"first seed": str(first), "larger caps": listed(map(str, CAPS[1:]))}
     for cap in CAPS:
-        label, row = lead(cap)
+        label, row = findings.lead(cap)
         found |= {f"lead {cap}": told(label), f"lead {cap}/gain": plain(row.value)}
-        for label in STREAMS:
-            line, key = stream(label, cap), f"stream {label} {cap}"
+        for label in findings.STREAMS:
+            line, key = findings.stream(label, cap), f"stream {label} {cap}"
             found |= {f"{key}/{name}": plain(line[name]) for name in ("mean", "worst", "best")}
             found |= {
                 f"{key}/minus": signed(line["minus"]), f"{key}/within": str(line["within"]),
                 f"{key}/minus interval": between(line["minus low"], line["minus high"], signed),
                 f"orders {cap}": word(line["orders"]),
             }  # fmt: skip
-    observed, real = spread("sequential whitening", RANK)
+    observed, real = findings.spread("sequential whitening", RANK)
     found |= {"spread": plain(observed), "spread without noise": plain(real), "margin": word(int(tables.MARGIN))}
-    for seed in run().seeds[1:]:
-        kept, best = carried(seed)
+    for seed in findings.run().seeds[1:]:
+        kept, best = findings.carried(seed)
         found |= {
             f"carried {seed}/mean": plain(np.mean(kept)), f"carried {seed}/worst": plain(min(kept)),
             f"carried {seed}/best at hand": plain(best), "carried orders": word(len(kept)),
         }  # fmt: skip
-    capped = run().row(run().select("stream", [first])["sequential whitening", RANK][:1])
-    for name, row in (("one adapter", capped), ("three sums", ranked(None)["whitened sum"])):
-        found[f"{name}/MB"] = plain(state(row)[1] / 1e6)
+    capped = findings.run().row(findings.run().select("stream", [first])["sequential whitening", RANK][:1])
+    for name, row in (("one adapter", capped), ("three sums", findings.ranked(None)["whitened sum"])):
+        found[f"{name}/MB"] = plain(findings.state(row)[1] / 1e6)
     return found
 
 
 def of_puzzles() -> dict[str, str]:
-    run, found = puzzle_run(), {}
+    run, found = findings.puzzle_run(), {}
     named = {"base": run.base, "own": run.own, "guess": run.commonest}
     found |= {f"puzzles {n}": plain(100 * run.weights["test"][0] @ of["test"]["right"]) for n, of in named.items()}
-    value, low, high = guess()
+    value, low, high = findings.guess()
     found |= {"guess/gain": plain(value), "guess/interval": between(low, high)}
-    for rank in RANKS:
-        table, at = puzzles(rank), " at 16" if rank else ""
+    for rank in findings.RANKS:
+        table, at = findings.puzzles(rank), " at 16" if rank else ""
         first = table.iloc[0]
         for label, line in table.iterrows():
             found[f"puzzles {label}{at}/exact"] = plain(100 * line.exact)
@@ -162,7 +150,7 @@ def of_puzzles() -> dict[str, str]:
     common = run.by_task(run.commonest["test"]["right"])
     easy = tuple(task for task, share in zip(run.tasks, common) if share >= 0.05)
     for at, without in (("", ()), (" hard", easy)):
-        for label, (value, low, high) in pairs_at_rule(without).items():
+        for label, (value, low, high) in findings.pairs_at_rule(without).items():
             found |= {f"puzzle pairs{at} {label}/gain": plain(value)}
             found |= {f"puzzle pairs{at} {label}/interval": between(low, high)}
     drawn = [pair for pair in run.pairs if pair.label == "OPCM, α = 0.5"]
@@ -174,7 +162,7 @@ def of_puzzles() -> dict[str, str]:
 
 
 def of_overlaps() -> dict[str, str]:
-    found, rho = overlaps(), predictors()
+    found, rho = findings.overlaps(), findings.predictors()
     top = max(rho, key=lambda name: abs(rho[name][0]))
     by_module = found.groupby("module")["ratio left"].mean()
     return {
@@ -190,13 +178,13 @@ def of_overlaps() -> dict[str, str]:
 
 
 def of_protocol() -> dict[str, str]:
-    row = ranked(None)["TSV"]
+    row = findings.ranked(None)["TSV"]
     sizes, cost = row.outcomes[0].sizes, results("cost")
     whole = cost[(cost.what == "exact") & (cost.model == "Llama-2-7B") & (cost["T"] == 8)].iloc[0]
     zero, own = (100 * x[:, 0].mean() for x in (row.zero, row.own))
     return {
-        "tasks": word(row.accuracy.shape[2]), "seeds": word(len(run().seeds)), "rank": str(RANK),
-        "pairs": str(len(pair_rows()["mean"].outcomes)), "test texts": f"{sum(sizes['test']):,}",
+        "tasks": word(row.accuracy.shape[2]), "seeds": word(len(findings.run().seeds)), "rank": str(RANK),
+        "pairs": str(len(findings.pair_rows()["mean"].outcomes)), "test texts": f"{sum(sizes['test']):,}",
         "validation texts": f"{sum(sizes['validation']):,}",
         "zero-shot": plain(zero), "own": plain(own), "cost/seconds": plain(whole.seconds),
         "cost/threads": word(int(whole.threads)), "cost/adapters": word(int(whole["T"])),
@@ -211,13 +199,15 @@ def values() -> dict[str, str]:
 
 
 def bake_off_table() -> str:
-    whole, cut = (tables.summary(ranked(rank), tables.favourite(ranked(rank))) for rank in RANKS)
+    whole, cut = (
+        tables.summary(findings.ranked(rank), tables.favourite(findings.ranked(rank))) for rank in findings.RANKS
+    )
     lines = []
     for label, line in whole.iterrows():
         source = f"~\\citep{{{CITED[label]}}}" if CITED.get(label) else ""
         at_16 = cut.loc[label] if label in cut.index and "cap" not in label else None
         small = ("--", "") if at_16 is None else (plain(at_16.gain), between(at_16.low, at_16.high))
-        kept = "texts" if "texts" in label else state(ranked(None)[label])[0]
+        kept = "texts" if "texts" in label else findings.state(findings.ranked(None)[label])[0]
         lines.append(
             (told(label) + source, kept, plain(line.gain), between(line.low, line.high),
              between(line["tasks low"], line["tasks high"], lambda x: plain(x, 0)), *small)
@@ -227,15 +217,15 @@ def bake_off_table() -> str:
 
 
 def scale_table() -> str:
-    pairs, lines, all_ = pair_rows(), [], word(len(run().outcomes[0].trial.tasks))
-    for label in sorted(MAIN, key=lambda label: -ranked(None)[label].value):
+    pairs, lines, all_ = findings.pair_rows(), [], word(len(findings.run().outcomes[0].trial.tasks))
+    for label in sorted(findings.MAIN, key=lambda label: -findings.ranked(None)[label].value):
         two = ["--", "--"]
         if label in pairs:
-            rule = tables.at_step(run(), pairs[label].outcomes, 1)
+            rule = tables.at_step(findings.run(), pairs[label].outcomes, 1)
             two = [plain(rule.value), plain(pairs[label].value)]
-        eight = [plain(at_rule(k, label, None).value) for k in STEPS]
-        small = [plain(at_rule(2, label, RANK).value), plain(ranked(RANK)[label].value)]
-        lines.append((label, *two, *eight, plain(ranked(None)[label].value), *small))
+        eight = [plain(findings.at_rule(k, label, None).value) for k in findings.STEPS]
+        small = [plain(findings.at_rule(2, label, RANK).value), plain(findings.ranked(RANK)[label].value)]
+        lines.append((label, *two, *eight, plain(findings.ranked(None)[label].value), *small))
     head = (r"method", r"$\sqrt2$", "chosen", "1", r"$\sqrt2$", "2", r"$2\sqrt2$", "chosen", "2", "chosen")
     groups = (
         r"& \multicolumn{2}{c}{two adapters} & "
@@ -248,8 +238,8 @@ def scale_table() -> str:
 def stream_table() -> str:
     lines = []
     for cap in CAPS:
-        for label in STREAMS[::-1]:
-            line = stream(label, cap)
+        for label in findings.STREAMS[::-1]:
+            line = findings.stream(label, cap)
             difference = signed(line["minus"]), between(line["minus low"], line["minus high"], signed)
             lines.append((str(cap), label, str(line["orders"]), plain(line["mean"]), plain(line["worst"]), *difference))
         lines[-1] = (*lines[-1][:-1], lines[-1][-1] + (r" \\ \addlinespace[2pt]" if cap < CAPS[-1] else ""))
@@ -258,7 +248,7 @@ def stream_table() -> str:
 
 
 def puzzle_table() -> str:
-    whole, cut = puzzles(None), puzzles(RANK)
+    whole, cut = findings.puzzles(None), findings.puzzles(RANK)
 
     def cells(line: pd.Series | None) -> list[str]:
         if line is None:
