@@ -150,6 +150,13 @@ def test_what_the_paper_says_in_words_holds(paper):
     assert all(stream[cap]["within"] == stream[cap]["orders"] for cap in (32, 64))
     for rank in findings.RANKS:  # no merge of nine is ahead of the guess
         assert (findings.puzzles(rank)["over the commonest low"] <= 0).all()
+    small = tables.summary(findings.ranked(16), "OPCM").drop(
+        "OPCM"
+    )  # what is not told apart at the rank of one adapter
+    near = set(small.index[(small["minus low"] <= 0) & (small["minus high"] >= 0)])
+    whitened = {f"{name}{cap}" for name in ("whitened sum", "output whitening") for cap in ("", ", cap 16")}
+    assert tables.favourite(findings.ranked(16)) == "OPCM"
+    assert near == {"TSV", "DOP", "sequential whitening"} | whitened
     leaders = ("sequential whitening", "TSV", "whitened sum", "OPCM", "Iso-C")
     assert all(70 < findings.ranked(None)[label].value < 80 for label in leaders)  # about three quarters
     costs = {
@@ -177,13 +184,14 @@ def test_without_tex_the_target_says_what_to_install(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("latexmk") and shutil.which("pdflatex")), reason="no TeX here")
 def test_the_paper_compiles_without_a_complaint(paper, values, tmp_path):
-    """Panels are drawn by a browser, and stood in for here."""
+    """Panels are drawn by a browser; blank sheets of their size stand for them here."""
+    import panels
     from pypdf import PdfReader, PdfWriter
 
     paper.write(tmp_path, values, {name: make() for name, make in paper.TABLES.items()})
-    for name in re.findall(r"\\includegraphics\[[^]]*\]\{(\w+)\}", BODY):
-        blank = PdfWriter()
-        blank.add_blank_page(480, 210)
+    for name, make in panels.PANELS.items():
+        blank, layout = PdfWriter(), make().layout
+        blank.add_blank_page(0.75 * layout.width, 0.75 * layout.height)
         blank.write(tmp_path / f"{name}.pdf")
     shutil.copy(ROOT / "book" / "paper" / "main.tex", tmp_path)
     command = "latexmk -pdf -silent -halt-on-error -interaction=nonstopmode main.tex"
