@@ -154,8 +154,10 @@ def of_puzzles() -> dict[str, str]:
             found |= {f"puzzle pairs{at} {label}/gain": plain(value)}
             found |= {f"puzzle pairs{at} {label}/interval": between(low, high)}
     drawn = [pair for pair in run.pairs if pair.label == "OPCM, α = 0.5"]
+    tried = [marks["right"] for row in run.rows for marks in row.marks["test"].values()]  # every row, rank and scale
+    leads = [100 * run.weights["test"][0] @ (right - run.commonest["test"]["right"]) for right in tried]
     return found | {
-        "puzzles": word(len(run.tasks)), "puzzles easy": word(len(easy)),
+        "puzzles largest lead": plain(max(leads)), "puzzles": word(len(run.tasks)), "puzzles easy": word(len(easy)),
         "puzzles hard": word(len(run.tasks) - len(easy)), "puzzle questions": str(run.sizes["test"][0]),
         "puzzle pairs": str(len(drawn)), "puzzle pairs of": str(len(run.tasks) * (len(run.tasks) - 1) // 2),
     }  # fmt: skip
