@@ -13,7 +13,7 @@ PROFILE ?= quick
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures lint clean help
+.PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures paper lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -55,8 +55,19 @@ bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm
 pdf: book  ## the book as one file, _build/book.pdf (needs chromium)
 	$(BIN)/python book/_ext/press.py pdf
 
-figures: $(BIN)/.ready  ## the picture of README and link previews, from data/results/outcomes.xz
+figures: $(BIN)/.ready _build/paper/numbers.tex  ## from data/results: the picture of README and link previews, the paper's panels, tables and numbers
 	$(BIN)/python book/_ext/press.py figures
+
+paper: $(BIN)/.ready  ## the paper, _build/paper/main.pdf (needs chromium, and of Debian's TeX latexmk and texlive-latex-recommended)
+	@latexmk -version >/dev/null 2>&1 && kpsewhich booktabs.sty >/dev/null || \
+	  { echo "no TeX found: install Debian's packages latexmk and texlive-latex-recommended"; exit 1; }
+	@$(MAKE) --no-print-directory _build/paper/numbers.tex
+	@cd _build/paper && TEXINPUTS=.:$(CURDIR)/book/paper: latexmk -pdf -silent -halt-on-error -interaction=nonstopmode main.tex
+	@echo "The paper: $(CURDIR)/_build/paper/main.pdf"
+
+_build/paper/numbers.tex: book/paper/main.tex book/references.bib $(wildcard book/_ext/*.py data/results/*) | $(BIN)/.ready
+	@echo "Numbers, tables and panels of the paper"
+	@$(BIN)/python book/_ext/press.py panels && touch $@
 
 lint: $(BIN)/.ready  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,4 +1,4 @@
-"""The book on paper: `make pdf` prints the built site, `make figures` the pictures of README and link previews.
+"""The book on paper: `make pdf` prints the built site, `make figures` the pictures of README, link previews and paper.
 
 The browser that tests the site prints it, so that a page looks on paper as it does on the screen.
 """
@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from urllib.parse import unquote
 
 import typer
 import yaml
@@ -166,6 +167,22 @@ def pdf(site: Path = ROOT / "_build" / "site", output: Path = ROOT / "_build" / 
     print(f"{output}: {len(writer.pages)} pages")
 
 
+def drawn(page, address: str, scratch: Path, figure) -> str:
+    """A figure as SVG, at its own size; `page` keeps showing it."""
+    scratch.write_text(figure.to_html(include_plotlyjs=True))
+    page.goto(f"{address}/{scratch.name}")
+    page.wait_for_selector(".main-svg .trace, .main-svg .points", state="attached")  # a level line has no height
+    size = {"format": "svg", "width": figure.layout.width, "height": figure.layout.height}
+    uri = page.evaluate("size => Plotly.toImage(document.querySelector('.plotly-graph-div'), size)", size)
+    return unquote(uri.split(",", 1)[1])
+
+
+def printed(page, svg: str, width: int, height: int) -> bytes:
+    """A picture as one page of PDF, its lines and letters kept as such."""
+    page.set_content(f"<style>body {{ margin: 0 }} svg {{ display: block }}</style>{svg}")
+    return page.pdf(width=f"{width}px", height=f"{height}px", print_background=True, page_ranges="1")
+
+
 @app.command("figures")
 def pictures(target: Path = ROOT / "book" / "_static"):
     """bake_off.svg and .png from the published outcomes."""
@@ -174,18 +191,27 @@ def pictures(target: Path = ROOT / "book" / "_static"):
     figure.update_layout(width=720, height=430, paper_bgcolor="white", plot_bgcolor="white")
     scratch = ROOT / "_build" / "still.html"
     scratch.parent.mkdir(exist_ok=True)
-    scratch.write_text(figure.to_html(include_plotlyjs=True))
     with browser_page(scratch.parent) as (page, address):
-        page.goto(f"{address}/{scratch.name}")
-        page.wait_for_selector(".main-svg .trace, .main-svg .points")
-        uri = page.evaluate(
-            "Plotly.toImage(document.querySelector('.plotly-graph-div'), {format: 'svg', width: 720, height: 430})"
-        )
-        from urllib.parse import unquote
-
-        (target / "bake_off.svg").write_text(unquote(uri.split(",", 1)[1]))
+        (target / "bake_off.svg").write_text(drawn(page, address, scratch, figure))
         page.set_viewport_size({"width": 720, "height": 430})
         page.locator(".plotly-graph-div").screenshot(path=target / "bake_off.png")
+
+
+@app.command("panels")
+def panels(target: Path = ROOT / "_build" / "paper"):
+    """The panels of the paper as SVG and PDF, its numbers, tables and references as TeX."""
+    import paper
+    from panels import PANELS
+
+    paper.main(target)
+    scratch = target / "still.html"
+    with browser_page(target) as (page, address):
+        for name, make in PANELS.items():
+            figure = make()
+            svg = drawn(page, address, scratch, figure)
+            (target / f"{name}.svg").write_text(svg)
+            (target / f"{name}.pdf").write_bytes(printed(page, svg, figure.layout.width, figure.layout.height))
+    scratch.unlink()
 
 
 if __name__ == "__main__":
