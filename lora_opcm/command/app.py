@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import merges, states
+from . import merges, states, tune
 from .console import (
     AsJson,
     Drop,
@@ -114,6 +114,7 @@ def compare(
 app.command("merge")(merges.merge_)
 app.command("resize")(merges.resize_)
 app.command("join")(merges.join_)
+app.command("tune")(tune.tune_)
 
 
 @app.command()
