@@ -44,13 +44,14 @@ class Choice:
     own: Losses
     tried: dict[tuple[str, int], Losses]
 
-    def gains(self, losses: Losses) -> Losses:
-        """What each text adds to the share that is kept of its task."""
-        return [(b - x) / (b.mean() - o.mean()) for b, o, x in zip(self.base, self.own, losses, strict=True)]
+    def shares(self, losses: Losses) -> list[float]:
+        """What is kept of every task."""
+        parts = zip(self.base, self.own, losses, strict=True)
+        return [float((base.mean() - x.mean()) / (base.mean() - own.mean())) for base, own, x in parts]
 
     def kept(self, losses: Losses) -> float:
         """The share that is kept, averaged over tasks; −∞ for a model that breaks down."""
-        found = float(np.mean([gain.mean() for gain in self.gains(losses)]))
+        found = float(np.mean(self.shares(losses)))
         return found if math.isfinite(found) else -math.inf
 
     @cached_property
@@ -67,11 +68,11 @@ class Choice:
     def tasks(self) -> list[dict[str, Any]]:
         """A row a task: mean losses of the base, its own adapter and the best merge, and the share that is kept."""
         best = self.tried[self.best]
-        parts = zip(self.texts, self.base, self.own, best, self.gains(best), strict=True)
+        parts = zip(self.texts, self.base, self.own, best, self.shares(best), strict=True)
         return [
             {"texts": of.name, "number": len(of), "base": float(b.mean()), "own": float(o.mean()),
-             "merged": float(m.mean()), "kept": float(gain.mean())}
-            for of, b, o, m, gain in parts
+             "merged": float(m.mean()), "kept": share}
+            for of, b, o, m, share in parts
         ]  # fmt: skip
 
     def record(self) -> dict[str, Any]:
@@ -94,14 +95,15 @@ class Choice:
     def again(self) -> "Again":
         """The choice by texts drawn again, with replacement, a thousand times."""
         keys = [key for key, losses in self.tried.items() if math.isfinite(self.kept(losses))]
-        gains = [self.gains(self.tried[key]) for key in keys]
-        scores = np.mean(
-            [
-                draws(f"{i} {each.name}", len(each), "validation") @ np.stack([g[i] for g in gains], 1) / len(each)
-                for i, each in enumerate(self.texts)
-            ],
-            axis=0,
-        )  # (1 + draws, tried)
+        shares = []
+        for i, of in enumerate(self.texts):
+            drawn = draws(f"{i} {of.name}", len(of), "validation")
+            with np.errstate(divide="ignore", invalid="ignore"):
+                unit = drawn @ (self.base[i] - self.own[i])  # drawn too: where the base loses much, so does a merge
+                shares.append(drawn @ np.stack([self.base[i] - self.tried[key][i] for key in keys], 1) / unit[:, None])
+            shares[-1][unit <= 0] = np.nan
+        scores = np.mean(shares, axis=0)  # (1 + draws, tried)
+        scores = scores[np.isfinite(scores).all(1)]
         here, drawn = scores[0], scores[1:]
         picks, own = drawn.argmax(1), keys.index(self.best)
         low, high = np.quantile(drawn[:, own], [0.025, 0.975])

@@ -1,0 +1,294 @@
+"""`lora-opcm tune`: what was planted is what is chosen, and losses are those of transformers and peft."""
+
+import csv
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from factories import update
+from test_cli import run
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import lora_opcm as lo
+from lora_opcm.files.adapter import Kind
+from lora_opcm.lab.attach import applied, attached, beside
+from lora_opcm.lab.bases import tiny
+from lora_opcm.lab.tune.choose import Choice, choose
+from lora_opcm.lab.tune.losses import judge
+from lora_opcm.lab.tune.texts import Texts, read_texts
+
+WORDS = [f"w{i}" for i in range(40)]
+LABELS = tuple(WORDS[:6])
+METHODS = {name: (name, {}) for name in ("tsv", "whitened_sum", "task_arithmetic", "opcm")}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The folder of a random Llama of 40 words, with logits that are far from flat."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "?", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} w2{% endfor %}"
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(llama):
+    return LlamaForCausalLM.from_pretrained(llama).eval()
+
+
+def adapters(model, strength=0.02):
+    """Two adapters of which half of either is common: no two methods make the same of them."""
+    generator, found = torch.Generator().manual_seed(1), []
+    layers = {
+        n: m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    }
+    common = {n: update(*shape, 2, generator, scale=strength) for n, shape in layers.items()}
+    for _ in range(2):
+        modules = {n: common[n] + update(*layers[n], 2, generator, scale=strength) for n in layers}
+        found.append(lo.Adapter(modules, config={"peft_type": "LORA", "task_type": "CAUSAL_LM"}))
+    return found
+
+
+@torch.no_grad()
+def likelihood(model, prompts, completion):
+    """log p of words and the end after prompts, all of one length, shape=[b]."""
+    ids = torch.tensor([[0, *(3 + WORDS.index(w) for w in f"{p} {completion}".split()), 1] for p in prompts])
+    logs = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    return logs[:, -1 - len(completion.split()) :].sum(1)
+
+
+def silent(text):
+    return lambda items, total=None: items
+
+
+def texts(count, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 6)) for _ in range(count)]
+
+
+def planted(model, teacher, count, seed):
+    """Texts with labels as the base with `teacher` would give them: in the mean, no other model loses less on them."""
+    found, rng = texts(count, seed), np.random.default_rng(seed)
+    with applied(model, teacher):
+        scores = torch.stack([likelihood(model, found, label) for label in LABELS], 1)
+    return [(text, str(rng.choice(LABELS, p=p))) for text, p in zip(found, scores.double().softmax(1).numpy())]
+
+
+def as_texts(rows, name="task", labels=LABELS):
+    questions, answers = zip(*rows)
+    return Texts(name, "", questions, answers, labels, len(rows))
+
+
+# -- the choice ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "norms"), [("tsv", 2**0.5), ("task_arithmetic", 2.0), ("opcm", 1.0), ("whitened_sum", 32**0.5)]
+)
+def test_the_planted_method_and_length_are_chosen(llama, model, method, norms):
+    """The labels are drawn from one merge of two adapters: it is the one that loses least on them."""
+    both = adapters(model)
+    teacher = lo.merge(both, method, scale=f"{norms}norm")
+    tasks = [as_texts(planted(model, teacher, 60, seed), f"task {seed}") for seed in range(2)]
+    found = choose(both, judge(str(llama), tasks), METHODS, silent)
+    curve = found.curves()[method]
+    assert found.best[0] == method and max(curve, key=curve.get) == pytest.approx(norms)
+    assert list(curve) == sorted(curve) and min(curve) < norms < max(curve)
+    others = [max(curve.values()) for name, curve in found.curves().items() if name != method]
+    assert max(others) < found.kept(found.tried[found.best]) - 0.05
+    assert found.again.method > 0.8 and found.again.low < found.kept(found.tried[found.best]) < found.again.high
+
+
+def choice(losses, base=(8.0, 0.2), own=(4.0, 0.1), count=20):
+    """Of made up mean losses of two tasks by candidate, with texts that differ a little."""
+    spread = np.linspace(0.99, 1.01, count)
+    rows = lambda means: [mean * spread for mean in means]  # noqa: E731
+    of = [as_texts([("w1", "w2")] * count, name, ()) for name in "ab"]
+    return Choice(of, rows(base), rows(own), {key: rows(means) for key, means in losses.items()})
+
+
+def test_tasks_count_alike_whatever_their_losses_are():
+    """By losses as they are the first would win: half a unit of the first task outweighs all of the second."""
+    found = choice({("a", 0): (4.0, 0.2), ("b", 0): (4.8, 0.1), ("c", 0): (np.inf, 0.1)})
+    assert found.best == ("b", 0)
+    assert found.curves() == {"a": {1.0: pytest.approx(0.5)}, "b": {1.0: pytest.approx(0.9)}, "c": {1.0: -np.inf}}
+    assert [row["kept"] for row in found.tasks()] == pytest.approx([0.8, 1.0])
+    assert found.record()["tried"]["c"] == {"1": None}
+
+
+def test_what_few_texts_cost_is_what_other_draws_lose():
+    """Against resampling written apart: two candidates of equal promise, of which chance decides."""
+    rng, count = np.random.default_rng(0), 12
+    base, own = np.full(count, 2.0), np.full(count, 1.0)
+    tried = {("a", 0): [1.2 + 0.3 * rng.standard_normal(count)], ("b", 2): [1.22 + 0.3 * rng.standard_normal(count)]}
+    found = Choice([as_texts([("w1", "w2")] * count, "t", ())], [base], [own], tried)
+    kept = np.array([2 - losses[0] for losses in tried.values()])  # of every text; the unit is one
+    drawn = kept[:, rng.integers(count, size=(20_000, count))].mean(2)
+    best, picks = kept.mean(1).argmax(), drawn.argmax(0)
+    again = found.again
+    assert again.method == again.length == pytest.approx((picks == best).mean(), abs=0.04)
+    assert again.cost == pytest.approx(kept.mean(1)[best] - kept.mean(1)[picks].mean(), abs=0.01)
+    assert again.flattery == pytest.approx((drawn.max(0) - kept.mean(1)[picks]).mean(), abs=0.01)
+    assert [again.low, again.high] == pytest.approx(np.quantile(drawn[best], [0.025, 0.975]), abs=0.02)
+
+
+def test_an_adapter_that_does_not_help_on_its_texts_is_refused(llama, model):
+    both = adapters(model)
+    tasks = [as_texts(planted(model, sign * both[i], 40, i), f"task {i}") for i, sign in enumerate((1, -1))]
+    with pytest.raises(ValueError, match="loses .* on task 1, expected less than .* are these its texts"):
+        choose(both, judge(str(llama), tasks), METHODS, silent)
+
+
+# -- losses --------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_completion_is_that_of_transformers(llama, model):
+    rows = [(prompt, answer) for prompt, answer in zip(texts(5, 0), ("w3", "w3 w4 w5", "w9 w9", "w1", "w7 w8"))]
+    rows.append(("w1", "w2 w3 w4"))  # of another length
+    live = judge(str(llama), [as_texts(rows, labels=())])
+    for (prompt, answer), loss in zip(rows, live.losses(0, silent(""))):
+        asked = [0, *(3 + WORDS.index(w) for w in prompt.split())]
+        told = [*(3 + WORDS.index(w) for w in answer.split()), 1]
+        expected = model(torch.tensor([asked + told]), labels=torch.tensor([[-100] * len(asked) + told])).loss
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    chat = judge(str(llama), [as_texts([("w5", "w6")], labels=())], chat=True)
+    templated = model(torch.tensor([[4, 8, 5, 9, 1]]), labels=torch.tensor([[-100, -100, -100, 9, 1]])).loss
+    assert chat.losses(0, silent(""))[0] == pytest.approx(templated.item(), rel=1e-5)
+
+
+def test_a_label_is_weighed_against_the_others(llama, model):
+    labels = ("w1", "w2", "w3 w4", "w5 w6 w7")
+    rows = list(zip(texts(7, 3), 2 * labels))
+    live = judge(str(llama), [as_texts(rows, labels=labels)])
+    questions = [text for text, _ in rows]
+    scores = torch.stack([likelihood(model, questions, label) for label in labels], 1)
+    expected = F.cross_entropy(scores, torch.tensor([labels.index(right) for _, right in rows]), reduction="none")
+    assert live.losses(0, silent("")) == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_an_encoder_is_asked_by_the_cosine_of_its_labels(tmp_path):
+    tiny.bert(tmp_path, [*WORDS, "river", "cloud"])
+    tasks = [as_texts([("w1 river", "cloud"), ("w2", "a river")], labels=("a river", "cloud"))]
+    live = judge(str(tmp_path), tasks)
+
+    def embedding(text):
+        ids = torch.tensor([live.base.tokenizer(text)["input_ids"]])
+        return F.normalize(live.model(ids).last_hidden_state.mean(1), dim=-1)
+
+    head = torch.cat([embedding(label) for label in ("a river", "cloud")])
+    with torch.no_grad():
+        logits = torch.cat([20 * embedding(text) @ head.T for text in tasks[0].questions])
+    expected = F.cross_entropy(logits, torch.tensor([1, 0]), reduction="none")
+    assert live.losses(0, silent("")) == pytest.approx(expected.numpy(), rel=1e-4)
+    with pytest.raises(ValueError, match="is an encoder, expected the columns 'text' and 'label'"):
+        judge(str(tmp_path), [as_texts([("w1", "w2")], labels=())])
+    with pytest.raises(ValueError, match="an encoder has no chat template"):
+        judge(str(tmp_path), tasks, chat=True)
+
+
+@torch.no_grad()
+def test_beside_the_weights_is_added_to_them(model):
+    adapter = adapters(model, 0.1)[0]
+    generator = torch.Generator().manual_seed(2)
+    embedding = lo.Adapter(
+        adapter.modules | {"model.embed_tokens": update(32, 43, 2, generator)},
+        kinds={"model.embed_tokens": Kind("embedding")},
+        config={"peft_type": "LORA"},
+    )
+    ids, before = torch.tensor([[0, 5, 9, 20]]), {name: x.clone() for name, x in model.named_parameters()}
+    plain = model(ids).logits
+    with beside(model, embedding, 0.7):
+        found = model(ids).logits
+    with applied(model, embedding, scale=0.7):
+        torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=1e-4)
+    with attached(model, 0.7 * embedding):
+        torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert (found - plain).abs().max() > 0.1
+    assert torch.equal(model(ids).logits, plain)
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+
+
+@torch.no_grad()
+def test_beside_weights_that_lie_the_other_way_round():
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)).eval()
+    one = {"transformer.h.0.attn.c_attn": update(48, 16, 2, torch.Generator().manual_seed(1))}
+    adapter, ids = lo.Adapter(one, config={"fan_in_fan_out": True}), torch.tensor([[1, 2, 3]])
+    with beside(gpt, adapter):
+        found = gpt(ids).logits
+    with applied(gpt, adapter):
+        torch.testing.assert_close(found, gpt(ids).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"c_attn: the weight is \(16, 48\), the update \(48, 16\)"):
+        with beside(gpt, lo.Adapter(one)):
+            pass
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def write(path, rows, columns):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            csv.writer(file).writerows([columns, *rows])
+        else:
+            file.writelines(json.dumps(dict(zip(columns, row))) + "\n" for row in rows)
+    return path
+
+
+@pytest.mark.parametrize("columns", [("prompt", "completion"), ("text", "label")])
+def test_both_kinds_of_file_say_the_same(tmp_path, columns):
+    rows = [('one,\n"two"', "äh"), ("three", "b"), (" four", "b ")]
+    found = [read_texts(write(tmp_path / f"a{end}", rows, columns)) for end in (".csv", ".jsonl")]
+    for each in found:
+        assert list(zip(each.questions, each.answers)) == rows
+        assert each.labels == (() if columns[0] == "prompt" else ("b", "b ", "äh"))
+        assert each.sha256 == hashlib.sha256((tmp_path / each.name).read_bytes()).hexdigest()
+    some = read_texts(tmp_path / "a.csv", 2)
+    assert len(some) == 2 and some.total == 3 and some.labels == found[0].labels
+    assert some == read_texts(tmp_path / "a.csv", 2) and set(some.questions) < set(found[0].questions)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "expected a file that ends in .jsonl or .csv"),
+        ("a.jsonl", "\n \n", "no text in it"),
+        ("a.csv", "text,label\n", "no text in it"),
+        ("a.csv", "prompt,answer\nq,a\n", "has the columns prompt, answer, expected 'prompt' and 'completion' or"),
+        ("a.jsonl", '{"text": "t"}', "has the columns text, expected"),
+        ("a.jsonl", '{"text": "t", "label": "a"}\n{"text": "u"}', "line 2: expected a text as 'label', got null"),
+        ("a.jsonl", '{"text": "t", "label": "a"}\n{"text"', "line 2 is no JSON"),
+        ("a.jsonl", "[1]", "line 1: expected an object"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user"}], "completion": "a"}',
+            "line 1: expected a text as 'prompt', got \\[",
+        ),
+        ("a.csv", "prompt,completion\nq,\n", "line 2: 'completion' is empty"),
+        ("a.csv", "text,label\nt\n", "line 2: expected a text as 'label', got null"),
+        ("a.jsonl", '{"text": "t", "label": 1}\n{"text": "u", "label": 1}', "every label is '1', expected two"),
+        ("a.csv", 'text,label\n"t,a\n', "unexpected end of data"),
+        ("a.csv", b"text,label\n\xff,a\n", "can't decode"),
+    ],
+)
+def test_files_are_refused_by_name_and_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        read_texts(path)
