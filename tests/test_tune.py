@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -98,6 +100,7 @@ def as_texts(rows, name="task", labels=LABELS):
 # -- the choice ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:adapter. gains")
 @pytest.mark.parametrize(
     ("method", "norms"), [("tsv", 2**0.5), ("task_arithmetic", 2.0), ("opcm", 1.0), ("whitened_sum", 32**0.5)]
 )
@@ -292,3 +295,128 @@ def test_files_are_refused_by_name_and_line(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"{name}: .*{message}"):
         read_texts(path)
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def desk(llama, model, tmp_path_factory):
+    """Adapters a and b, and texts that the task arithmetic of both would have labelled; a base beside them."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "base").symlink_to(llama)
+    both = adapters(model)
+    teacher = lo.merge(both, "task_arithmetic", scale="2norm")
+    for i, (name, end) in enumerate((("a", ".csv"), ("b", ".jsonl"))):
+        lo.save_adapter(both[i], folder / name)
+        rows = planted(model, teacher, 70, i)
+        write(folder / f"{name}{end}", rows, ("text", "label"))
+        write(folder / f"{name}-asked.jsonl", rows, ("prompt", "completion"))
+    return folder
+
+
+TWO = ("tune", "a", "b", "--base", "base")
+LABELLED = (*TWO, "--data", "a.csv", "--data", "b.jsonl")
+
+
+def test_the_command_writes_what_it_chose_and_by_what(desk, llama):
+    done = run(desk, *LABELLED, "-o", "m", "--texts", 60)
+    assert "task_arithmetic at 2 mean norms keeps" in done.stdout and "120 texts chose it" in done.stdout
+    assert "←" in done.stdout and done.stderr.startswith("wrote m: ")
+    recipe = json.loads((desk / "m" / "merge_recipe.json").read_text())
+    assert recipe["merge"] == {"method": "task_arithmetic", "scale": "2.0norm"}
+    said = recipe["choice"]
+    assert said["base"] == "base" and said["candidate"] == "task_arithmetic" and said["norms"] == 2
+    assert [task["number"] for task in said["tasks"]] == [60, 60] and [task["of"] for task in said["tasks"]] == [70, 70]
+    for task, name in zip(said["tasks"], ("a.csv", "b.jsonl")):
+        assert task["texts"] == name and task["sha256"] == hashlib.sha256((desk / name).read_bytes()).hexdigest()
+        assert task["merged"] < task["own"] < task["base"]
+    assert set(said["tried"]) == set(METHODS)
+    run(desk, "verify", "b", "a", "--against", "m")
+    files = [read_texts(desk / name, 60) for name in ("a.csv", "b.jsonl")]
+    live = judge(str(llama), files)
+    with beside(live.model, lo.load_adapter(desk / "m")):
+        found = [live.losses(i, silent("")).mean() for i in range(2)]
+    assert found == pytest.approx([task["merged"] for task in said["tasks"]], rel=1e-4)
+
+
+def test_the_command_takes_options_of_methods_and_of_merge(desk):
+    words = (*TWO, "--data", "a-asked.jsonl", "--data", "b-asked.jsonl", "--texts", 40, "--rank", 3, "--json")
+    done = run(desk, *words, "-o", "n", "--method", "opcm:alpha=0.75,variant=fusionbench", "--dtype", "float16")
+    said = json.loads(done.stdout)
+    assert list(said["tried"]) == ["opcm:alpha=0.75,variant=fusionbench"]
+    recipe = json.loads((desk / "n" / "merge_recipe.json").read_text())
+    assert recipe["choice"] == said and recipe["dtype"] == "float16"
+    scale = f"{said['norms']!r}norm"
+    call = {"method": "opcm", "scale": scale, "alpha": 0.75, "variant": "fusionbench", "rank": 3}
+    assert recipe["merge"] == call
+    assert {u.rank for u in lo.load_adapter(desk / "n").values()} == {3}
+    run(desk, "verify", "a", "b", "--against", "n")
+
+
+def test_without_a_base_it_is_the_rule_without_data(desk):
+    done = run(desk, "tune", "a", "b", "-o", "ruled")
+    assert "nothing was measured, without --base: tsv at 1.41 mean norms" in done.stderr
+    expected = lo.merge([desk / "a", desk / "b"], "tsv", scale="auto")
+    found = lo.load_adapter(desk / "ruled")
+    assert all(torch.equal(found[name].left, update.left) for name, update in expected.items())
+    run(desk, "tune", "a", "b", "-o", "ruled", "--method", "opcm:alpha=0.75", "--overwrite")
+    recipe = json.loads((desk / "ruled" / "merge_recipe.json").read_text())
+    assert recipe["merge"] == {"method": "opcm", "scale": "auto", "alpha": 0.75} and "choice" not in recipe
+
+
+@pytest.fixture
+def odd(desk):
+    """Adapters that are none for the base."""
+    generator = torch.Generator().manual_seed(0)
+    name, causal = "model.layers.0.mlp.up_proj", {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    kinds = {
+        "other": lo.Adapter({"encoder.query": update(32, 32, 2, generator)}, config=causal),
+        "wide": lo.Adapter({name: update(48, 16, 2, generator)}, config=causal),
+        "head": lo.Adapter({name: update(48, 32, 2, generator)}, config=causal | {"task_type": "SEQ_CLS"}),
+        "full": lo.Adapter(
+            {name: update(48, 32, 2, generator)}, config=causal, saved={"lm_head.weight": torch.ones(43, 32)}
+        ),
+    }
+    for name, adapter in kinds.items():
+        lo.save_adapter(adapter, desk / name, overwrite=True)
+    return desk
+
+
+DATA = ("--data", "a.csv", "--data", "b.jsonl", "-o", "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tune", "a", "-o", "x"], "expected two adapters or more, got 1"),
+        ([*TWO, "-o", "x"], "expected --data 2 times, once for each adapter and in their order, got it 0 times"),
+        ([*TWO, "--data", "a.csv", "-o", "x"], "got it 1 times"),
+        ([*TWO, "--data", "a.csv", "b.jsonl", "-o", "x"], "b.jsonl: expected an adapter there; give texts by --data"),
+        ([*TWO, "--data", "a.csv", "--data", "none.csv", "-o", "x"], "none.csv"),
+        ([*LABELLED, "-o", "a"], "a/adapter_model.safetensors: exists already"),
+        ([*LABELLED, "-o", "x", "--method", "tvs"], "unknown method 'tvs'"),
+        ([*LABELLED, "-o", "x", "--method", "opcm:beta=1"], "opcm has no option 'beta'"),
+        ([*LABELLED, "-o", "x", "--method", "opcm:alpha=2"], "alpha must be"),
+        ([*LABELLED, "-o", "x", "--method", "opcm:scale=2"], "the scale is what is chosen"),
+        ([*LABELLED, "-o", "x", "--method", "regmean"], "it needs data"),
+        (["tune", "a", "b", "--base", "nowhere", *DATA], "cannot load the base model 'nowhere'"),
+        (["tune", "other", "other", "--base", "base", *DATA], "the base model has no module 'encoder.query'"),
+        (["tune", "wide", "wide", "--base", "base", *DATA], "the weight is (48, 32), the update (48, 16)"),
+        (["tune", "a", "head", "--base", "base", *DATA], "head/adapter_model.safetensors: is for SEQ_CLS, a part"),
+        (["tune", "a", "full", "--base", "base", *DATA], "holds lm_head.weight in full, a part trained for one task"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(odd, words, message):
+    before = sorted(p.name for p in odd.iterdir())
+    done = run(odd, *words, code=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert sorted(p.name for p in odd.iterdir()) == before
+
+
+def test_help_is_quick_and_a_missing_extra_is_named(desk):
+    """In a process of its own: nothing that takes long is imported until it is needed."""
+    code = "import sys, lora_opcm.command.app as app; assert 'torch' not in sys.modules"
+    code += f"; sys.modules['datasets'] = None; app.main({[*LABELLED, '-o', 'x']})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=desk, capture_output=True, text=True)
+    assert done.returncode == 2 and "--base needs datasets, which is not installed" in done.stderr

@@ -1,7 +1,8 @@
 """`lora-opcm tune`: one adapter out of several, method and length chosen by what a model loses on a few texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,7 @@ def tune_(
             autocompletion=method_names,
         ),
     ] = None,
-    texts: Annotated[int, typer.Option(min=2, help="how many texts of a file are looked at, a random sample")] = 200,
+    texts: Annotated[int, typer.Option(min=2, help="how many texts of a file are looked at, a random sample")] = 100,
     chat: Annotated[bool, typer.Option("--chat", help="put each prompt in the chat template of the base")] = False,
     rank: Rank = None,
     dtype: OutDType = None,
@@ -67,7 +68,7 @@ def tune_(
     recipe.refuse_existing(output, overwrite, "peft")
     common: dict[str, Any] = {"rank": rank, "drop": drop, "any_base": any_base}
     common = {name: value for name, value in common.items() if value}
-    with Steps() as steps:
+    with Steps() as steps, _extra():
         files = _paired(adapters, data or [], texts)
         loaded = [load_adapter(path) for path in steps("reading", adapters)]
         _refuse_headed(loaded, drop)
@@ -104,15 +105,22 @@ def _unmeasured(name: str, options: dict[str, Any], **rest: Any) -> None:
     note(f"nothing was measured, without --base: {name} at {times:.3g} mean norms, a rule that needs no data")
 
 
-def _paired(adapters: Sequence[Path], data: Sequence[Path], limit: int) -> list:
-    """The texts of each adapter."""
+@contextmanager
+def _extra() -> Iterator[None]:
+    """What a base needs may not be installed."""
     try:
-        from ..lab.tune.texts import READERS, read_texts
+        yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--base needs {error.name}, which is not installed: pip install 'lora-opcm[lab]'; without --base, nothing"
+            f"--base needs {error.name}, which is not installed: pip install 'lora-opcm[lab]'; without --base nothing"
             " is measured"
         ) from None
+
+
+def _paired(adapters: Sequence[Path], data: Sequence[Path], limit: int) -> list:
+    """The texts of each adapter."""
+    from ..lab.tune.texts import READERS, read_texts
+
     if odd := [path for path in adapters if path.suffix in READERS]:
         raise ValueError(f"{odd[0]}: expected an adapter there; give texts by --data, once for each file")
     if len(data) != len(adapters):
