@@ -342,15 +342,26 @@ def test_the_command_writes_what_it_chose_and_by_what(desk, llama):
 
 def test_the_command_takes_options_of_methods_and_of_merge(desk):
     words = (*TWO, "--data", "a-asked.jsonl", "--data", "b-asked.jsonl", "--texts", 40, "--rank", 3, "--json")
-    done = run(desk, *words, "-o", "n", "--method", "opcm:alpha=0.75,variant=fusionbench", "--dtype", "float16")
+    done = run(
+        desk,
+        *words,
+        "-o",
+        "n",
+        "--method",
+        "opcm:alpha=0.75,variant=fusionbench",
+        "--dtype",
+        "float16",
+        "--drop",
+        "*k_proj",
+    )
     said = json.loads(done.stdout)
     assert list(said["tried"]) == ["opcm:alpha=0.75,variant=fusionbench"]
-    recipe = json.loads((desk / "n" / "merge_recipe.json").read_text())
+    recipe, merged = json.loads((desk / "n" / "merge_recipe.json").read_text()), lo.load_adapter(desk / "n")
     assert recipe["choice"] == said and recipe["dtype"] == "float16"
     scale = f"{said['norms']!r}norm"
     call = {"method": "opcm", "scale": scale, "alpha": 0.75, "variant": "fusionbench", "rank": 3}
-    assert recipe["merge"] == call
-    assert {u.rank for u in lo.load_adapter(desk / "n").values()} == {3}
+    assert recipe["merge"] == call | {"drop": ["*k_proj"]} and not any("k_proj" in name for name in merged)
+    assert {u.rank for u in merged.values()} == {3}
     run(desk, "verify", "a", "b", "--against", "n")
 
 
@@ -403,8 +414,11 @@ DATA = ("--data", "a.csv", "--data", "b.jsonl", "-o", "x")
         (["tune", "a", "b", "--base", "nowhere", *DATA], "cannot load the base model 'nowhere'"),
         (["tune", "other", "other", "--base", "base", *DATA], "the base model has no module 'encoder.query'"),
         (["tune", "wide", "wide", "--base", "base", *DATA], "the weight is (48, 32), the update (48, 16)"),
-        (["tune", "a", "head", "--base", "base", *DATA], "head/adapter_model.safetensors: is for SEQ_CLS, a part"),
-        (["tune", "a", "full", "--base", "base", *DATA], "holds lm_head.weight in full, a part trained for one task"),
+        (
+            ["tune", "a", "head", "--base", "base", *DATA],
+            "head/adapter_model.safetensors: is for SEQ_CLS, expected low-rank updates alone",
+        ),
+        (["tune", "a", "full", "--base", "base", *DATA], "holds lm_head.weight in full, expected low-rank"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(odd, words, message):

@@ -73,9 +73,10 @@ def tune_(
         loaded = [load_adapter(path) for path in steps("reading", adapters)]
         _refuse_headed(loaded, drop)
         _, _, matched, _ = checked(loaded, METHODS[0], **common)
-        found = _measured(matched, base, files, chat, candidates, steps, common)
+        rest = {name: value for name, value in common.items() if name != "drop"}  # which is done
+        found = _measured(matched, base, files, chat, candidates, steps, rest)
     chosen, norms = candidates[found.best[0]], found.record()["norms"]
-    record = {"base": Path(base).name} | found.record()
+    record = {"base": Path(base).absolute().name if Path(base).is_dir() else base} | found.record()
     call: dict[str, Any] = {"method": chosen[0], "scale": f"{norms!r}norm"} | chosen[1] | common
     merged_into(output, adapters, loaded, call, dtype=dtype, overwrite=overwrite, choice=record)
     if as_json:
@@ -143,8 +144,8 @@ def _refuse_headed(loaded: "Sequence[Adapter]", drop: Sequence[str] | None) -> N
         if task not in HEADLESS or adapter.saved:
             what = f"holds {next(iter(adapter.saved))} in full" if adapter.saved else f"is for {task}"
             raise ValueError(
-                f"{adapter.source}: {what}, a part trained for one task, which a merge of several cannot have; expected"
-                " low-rank updates of a language model or a sentence encoder"
+                f"{adapter.source}: {what}, expected low-rank updates alone, of a causal language model or a sentence"
+                " encoder: what was trained in full for one task cannot be that of another, too"
             )
 
 

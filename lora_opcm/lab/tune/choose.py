@@ -87,7 +87,7 @@ class Choice:
             "candidate": self.best[0],
             "norms": ratio(self.best[1]),
             "kept": self.kept(self.tried[self.best]),
-            "again": asdict(self.again),
+            "drawn_again": asdict(self.again),
             "tried": curves,
         }
 

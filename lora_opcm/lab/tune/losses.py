@@ -16,7 +16,7 @@ from ..generation.model import encode
 from ..tasks import Task
 from .texts import Texts
 
-TOKENS = {"cuda": 2**13, "cpu": 2**10}  # of a batch, each with as many logits as the vocabulary has words
+TOKENS = {"cuda": 2**12, "cpu": 2**10}  # of a batch, each with as many logits as the vocabulary has words
 
 
 class Likelihoods:
