@@ -115,6 +115,11 @@ def test_the_planted_method_and_length_are_chosen(llama, model, method, norms):
     assert list(curve) == sorted(curve) and min(curve) < norms < max(curve)
     others = [max(curve.values()) for name, curve in found.curves().items() if name != method]
     assert max(others) < found.kept(found.tried[found.best]) - 0.05
+    for own, adapter, task in zip(found.own, both, tasks):
+        with applied(model, adapter):
+            scores = torch.stack([likelihood(model, task.questions, label) for label in LABELS], 1)
+        right = torch.tensor([LABELS.index(answer) for answer in task.answers])
+        assert own == pytest.approx(F.cross_entropy(scores, right, reduction="none").numpy(), rel=1e-3, abs=1e-4)
     assert found.again.method > 0.8 and found.again.low < found.kept(found.tried[found.best]) < found.again.high
 
 
@@ -183,6 +188,18 @@ def test_a_label_is_weighed_against_the_others(llama, model):
     scores = torch.stack([likelihood(model, questions, label) for label in labels], 1)
     expected = F.cross_entropy(scores, torch.tensor([labels.index(right) for _, right in rows]), reduction="none")
     assert live.losses(0, silent("")) == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_a_label_is_a_word_of_its_own_unless_the_text_ends_in_space(tmp_path):
+    tiny.llama(tmp_path, ["The river", "a cloud"])
+    live = judge(str(tmp_path), [as_texts([("The", "river"), ("A\n", "cloud")], labels=("cloud", "river"))])
+    read = live.base.tokenizer.decode
+    found = [(read(ids[:asked]), read(ids[asked:])) for ids, asked in live.examples[0]]
+    assert found == [
+        (f"<s>{text}", f"{gap}{label}</s>")
+        for text, gap in (("The", " "), ("A\n", ""))
+        for label in live.texts[0].labels
+    ]
 
 
 def test_an_encoder_is_asked_by_the_cosine_of_its_labels(tmp_path):
