@@ -196,7 +196,7 @@ def _check_gain(adapter: Adapter, texts: Texts, base: np.ndarray, own: np.ndarra
     if not gain.mean() > 0:
         raise ValueError(
             f"{adapter.source}: loses {own.mean():.3g} on {texts.name}, expected less than the {base.mean():.3g} of the"
-            " base without it: are these its texts, in the form it was trained on?"
+            " base without it: are these its texts, in the form it was trained on (prompts of a chat need --chat)?"
         )
     if gain.mean() < 2 * gain.std(ddof=1) / math.sqrt(len(gain)):
         warnings.warn(
