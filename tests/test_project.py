@@ -54,15 +54,16 @@ def test_import_needs_little():
 
 
 # Rooms from left to right; each imports only from those before it. A room may be a file or a folder.
-ROOMS = "values plugins numerics parallel lowrank geometry gauge files merging streams testing api command lab site"
+ROOMS = "values plugins numerics parallel lowrank geometry gauge files merging streams testing api lab command site"
 INSIDE = {
     "geometry": "frames angles geodesics overlap means",
     "files": "names adapter format peft full joint paired refusals parts kohya diffusers table disk expanded updates"
     " read write live bundle shipped",
     "merging": "core method rules space merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
-    "command": "console card recipe tables drawing report states merges app",
-    "lab": "assets gguf embedded tasks bases attach protocol training evaluation train experiments evidence generation",
+    "command": "console card recipe tables drawing report states merges tune app",
+    "lab": "assets gguf embedded tasks bases attach protocol training evaluation train experiments evidence generation"
+    " tune",
 }
 
 

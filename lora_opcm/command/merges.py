@@ -30,8 +30,10 @@ from .console import (
 if TYPE_CHECKING:
     import torch
 
+    from ..files import Adapter
 
-def _parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
+
+def parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
     """`name=value` options, each value as JSON where it is some."""
     from ..merging.method import method_of
     from ..values import nearest
@@ -50,7 +52,7 @@ def _parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
     return found
 
 
-def _method_names() -> list[str]:
+def method_names() -> list[str]:
     from ..merging.method import table
 
     return [name for name, m in table().items() if not m.data]
@@ -59,7 +61,7 @@ def _method_names() -> list[str]:
 def merge_(
     adapters: Inputs,
     output: Output,
-    method: Annotated[str, typer.Option(help="see `lora-opcm methods`", autocompletion=_method_names)] = "opcm",
+    method: Annotated[str, typer.Option(help="see `lora-opcm methods`", autocompletion=method_names)] = "opcm",
     weights: Annotated[str | None, typer.Option(help="one factor per adapter, such as 0.7,-0.4")] = None,
     alpha: Annotated[float | None, typer.Option(min=0, max=1, help="OPCM's threshold")] = None,
     scale: Annotated[
@@ -92,12 +94,12 @@ def merge_(
     Known spellings of one layer are one module, under the name the first adapter gives it.
     """
     from ..files import load_adapter
-    from ..merging.merge import checked, merge
+    from ..merging.merge import checked
     from ..merging.method import method_of
     from ..merging.shards import merge_shard
     from . import recipe
 
-    options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
+    options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | parse(option, method)
     options |= {"rank": rank, "energy": energy, "drop": drop, "full": full and full.value}
     options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
     call: dict[str, Any] = {
@@ -128,10 +130,29 @@ def merge_(
         if dry_run:
             raise typer.Exit(_dry_run(matched, call, output, overwrite, part, format, torch_dtype(dtype)))
         recipe.refuse_existing(output, overwrite, format or loaded[0].format)
+    merged_into(output, adapters, loaded, call, format, dtype, overwrite, device)
+
+
+def merged_into(
+    output: Path,
+    adapters: list[Path],
+    loaded: "list[Adapter]",
+    call: dict[str, Any],
+    format: str | None = None,
+    dtype: OutDType = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    choice: dict[str, Any] | None = None,
+) -> None:
+    """Merge adapters by `call`, write what comes out with its recipe, and say so."""
+    from ..merging.merge import merge
+    from . import recipe
+
+    with Steps() as steps:
         inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
-        merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {method}"), **call)
-        path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite)
+        merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {call['method']}"), **call)
+        path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite, choice)
     _wrote(path, merged)
 
 

@@ -45,6 +45,7 @@ class Recipe(msgspec.Struct, tag_field="recipe", tag=2):
     output_sha256: str
     versions: dict[str, str]
     factor: float | None = None  # one from before it was said
+    choice: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET  # what `tune` chose by
 
 
 class Verdict(msgspec.Struct):
@@ -90,6 +91,7 @@ def write_merge(
     format: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    choice: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a merged adapter, its recipe, and a card where it is a folder.
 
@@ -101,6 +103,8 @@ def write_merge(
     inputs : sequence of (name, id)
     call : dict
         The arguments of `merge`.
+    choice : dict, optional
+        What they were chosen by.
 
     Raises
     ------
@@ -127,6 +131,7 @@ def write_merge(
             output_sha256=bytes_hash(made),
             versions={name: version(name) for name in ("lora-opcm", "torch")},
             factor=merged.factor,
+            choice=dict(choice) if choice else msgspec.UNSET,
         )
         text = msgspec.json.format(msgspec.json.encode(written), indent=1).decode()
         write_text(recipe_of(made), text + "\n")

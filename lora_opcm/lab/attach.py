@@ -1,13 +1,14 @@
 """A base model with an adapter: its update added to the weights, or attached beside them."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch.nn import functional as F
 
 from ..files import Adapter, save_adapter, scaled
 from ..lowrank import LowRank
@@ -66,9 +67,7 @@ def applied(
         with attached(model, scaled(adapter, adapter.modules, scale)):
             yield model
         return
-    odd = [*adapter.saved, *(name for name, kind in adapter.kinds.items() if kind.name == "conv")]
-    if odd:
-        raise ValueError(f"{adapter.source}: {odd[0]} is a full tensor or a convolution; use `attached`")
+    _refuse_odd(adapter)
     saved = {}
     try:
         for name, update in adapter.modules.items():
@@ -86,6 +85,11 @@ def applied(
             model.get_submodule(name).weight.data.copy_(weight)
 
 
+def _refuse_odd(adapter: Adapter) -> None:
+    if odd := [*adapter.saved, *(name for name, kind in adapter.kinds.items() if kind.name == "conv")]:
+        raise ValueError(f"{adapter.source}: {odd[0]} is a full tensor or a convolution; use `attached`")
+
+
 @contextmanager
 def attached(model: torch.nn.Module, adapter: Adapter) -> Iterator[torch.nn.Module]:
     """The model with the adapter beside its weights, in peft's layers; they are taken out on the way out."""
@@ -97,3 +101,51 @@ def attached(model: torch.nn.Module, adapter: Adapter) -> Iterator[torch.nn.Modu
         yield model
     finally:
         wrapped.unload()
+
+
+@contextmanager
+def beside(model: torch.nn.Module, adapter: Adapter | None, scale: float = 1.0) -> Iterator[torch.nn.Module]:
+    """The model with `scale` ΔW beside each W, as two thin products: weights of any kind are left as they are.
+
+    What `attached` does without a file and without a layer put in: the way to try many updates, one after another.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks a module of the adapter, or it has another shape: the wrong base model. If the adapter has
+        full tensors or convolutions.
+    """
+    factors, handles = {} if adapter is None else _factors(model, adapter), []
+    try:
+        for name, update in factors.items():
+            handles.append(model.get_submodule(name).register_forward_hook(_adding(update, scale)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _factors(model: torch.nn.Module, adapter: Adapter) -> dict[str, LowRank]:
+    """The updates of an adapter where the model's weights are, in its dtype."""
+    adapter, found = fitted(model, adapter), {}
+    _refuse_odd(adapter)
+    for name, update in adapter.modules.items():
+        module = model.get_submodule(name)
+        weight = tuple(module.weight.shape)
+        if hasattr(module, "in_features"):  # those of a quantised layer are packed
+            weight = module.out_features, module.in_features
+        elif adapter.transposed(name):
+            weight = weight[::-1]
+        if weight != update.shape:
+            raise ValueError(f"{adapter.source}: {name}: the weight is {weight}, the update {update.shape}")
+        found[name] = update.to(module.weight.device, model.dtype)
+    return found
+
+
+def _adding(update: LowRank, scale: float) -> Callable:
+    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        looked_up = isinstance(module, torch.nn.Embedding)
+        low = F.embedding(inputs[0], update.right.mT) if looked_up else inputs[0].to(update.dtype) @ update.right.mT
+        return output + (scale * low @ update.left.mT).to(output.dtype)
+
+    return add
