@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= $(if $(filter gpu,$(PROFILE)),0,1)# only that profile n
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that others use
 
-PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*') _config.yml _toc.yml
+PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*' -not -path 'book/paper/*') _config.yml _toc.yml
 EXECUTED := $(wildcard _build/quick/executed/*.ipynb _build/gpu/executed/*.ipynb)
 PROFILE ?= quick
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
