@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -43,3 +44,28 @@ def test_the_published_table_is_of_the_published_pairs():
     assert list(table.index) == list(combinations(tasks(), 2)) and list(table) == list(predictors.COLUMNS)
     measured = tables.published().select("pairs", (1,), label="sum, scale 1")["sum, scale 1", None]
     assert [outcome.trial.tasks for outcome in measured] == list(table.index)
+
+
+def test_the_correlation_is_of_ranks_and_its_interval_is_of_tasks():
+    """By plain loops: a pair counts as often as both of its tasks were drawn, with the losses of that resample."""
+    rng = np.random.default_rng(2)
+    pairs = list(combinations("abcde", 2))
+    measure = pd.Series(rng.normal(size=10), index=pd.MultiIndex.from_tuples(pairs))
+    lost = measure.to_numpy()[:, None] + rng.normal(size=(10, 40))
+    found = predictors.correlation(measure, lost, count=60)
+
+    def ranks(values):
+        return [sum((other < value) + (other == value) / 2 for other in values) for value in values]
+
+    def spearman(x, y):
+        return np.corrcoef(ranks(x), ranks(y))[0, 1]
+
+    drawn, draws = np.random.default_rng(0), []
+    for i in range(60):
+        tasks_drawn = ["abcde"[k] for k in drawn.integers(5, size=5)]
+        sample = [(a, b) for a in tasks_drawn for b in tasks_drawn if a < b]  # each pair of draws once
+        x = [measure[pair] for pair in sample]
+        if len(set(x)) > 2:
+            draws.append(spearman(x, [lost[pairs.index(pair), 1 + i % 39] for pair in sample]))
+    assert found[0] == pytest.approx(spearman(list(measure), list(lost[:, 0])))
+    assert found[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]))

@@ -7,12 +7,12 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 import lora_opcm as lo
 from lora_opcm.files.shipped import results
 from lora_opcm.lab.bases.shapes import build, linear_shapes
 from lora_opcm.lab.evidence import choice, rows, tables
+from lora_opcm.lab.evidence import predictors as measures
 from lora_opcm.lab.evidence.state import state_size
 from lora_opcm.lab.generation import tables as generation
 
@@ -20,7 +20,6 @@ STREAMS = ("running sum", "OPCM", "output whitening", "whitened sum", "sequentia
 MAIN = ("task arithmetic", "TIES", "Iso-C", "OPCM", "TSV", "sequential whitening", "whitened sum")
 STEPS = {0: "1", 1: "√2", 2: "2", 3: "2√2"}  # scales that need no data, in mean norms
 RANKS = (None, rows.RANK)
-PREDICTORS = ("|cosine|", "φ outputs", "φ inputs", "φ product", "weighted inputs", "weighted outputs")
 
 
 @cache
@@ -100,7 +99,7 @@ def at_rule(step: int, label: str, rank: int | None) -> tables.Row | None:
 @cache
 def overlaps() -> pd.DataFrame:
     """Cosines and φ of every pair and module over their nulls; `layer` is a number."""
-    found = results("orthogonality")
+    found = results("overlap")
     found["layer"] = found.module.str.extract(r"layer\.(\d)")[0].astype(int)
     for side in ("left", "right"):
         found[f"ratio {side}"] = found[f"phi_{side}"] / found[f"null_{side}"]
@@ -157,22 +156,9 @@ def powers() -> dict[int | None, pd.DataFrame]:
 
 @cache
 def predictors() -> dict[str, tuple[float, float, float]]:
-    """Spearman's ρ of each measure of overlap with what a pair loses when added; the interval resamples tasks."""
-    found = results("overlap").groupby("pair", sort=False)[["loss", *PREDICTORS]].mean()
-    ends = np.array([pair.split(" + ") for pair in found.index])
-    names, rng = np.unique(ends), np.random.default_rng(0)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), 1000)  # how often each task counts
-    times = np.stack([drawn[:, np.searchsorted(names, side)] for side in ends.T]).prod(0)
-    samples = [found.iloc[np.repeat(np.arange(len(found)), each)] for each in times]
-    rho = np.stack([_ranks(found)] + [_ranks(sample) for sample in samples if sample.loss.nunique() > 2])
-    low, high = np.nanquantile(rho[1:], (0.025, 0.975), axis=0)
-    return dict(zip(PREDICTORS, zip(rho[0], low, high)))
-
-
-def _ranks(part: pd.DataFrame) -> np.ndarray:
-    """Spearman's ρ of the first column with each of the others."""
-    with np.errstate(invalid="ignore"):  # a resample may have one value only
-        return np.corrcoef(rankdata(part, axis=0).T)[0, 1:]
+    """Spearman's ρ of each measure of overlap with what a pair loses when added, and its interval over tasks."""
+    lost = measures.losses("sum, scale 1")
+    return {name: measures.correlation(measure, lost) for name, measure in measures.published().items()}
 
 
 @cache

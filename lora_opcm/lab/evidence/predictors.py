@@ -1,6 +1,7 @@
-"""`python -m lora_opcm.lab.evidence.predictors FOLDER`: what the weights of two adapters say of their overlap.
+"""What the weights of two adapters say of their overlap, and whether that foretells what a merge of the two loses.
 
-The table stands in data/results beside the outcomes of the same adapters, which are too large to ship.
+`python -m lora_opcm.lab.evidence.predictors FOLDER` writes the table that stands in data/results beside the outcomes of
+the same adapters, which are too large to ship.
 """
 
 from itertools import combinations
@@ -10,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import typer
+from scipy.stats import spearmanr
 
 from ...files import Adapter
 from ...files.paired import similarity
@@ -17,7 +19,8 @@ from ...files.shipped import results
 from ...lowrank import LowRank
 from ..experiments.results import save_results
 from ..tasks import tasks
-from . import recipes
+from . import recipes, tables
+from .choice import Candidate
 
 COLUMNS = ("|cosine|", "φ outputs", "φ inputs", "φ product", "weighted inputs", "weighted outputs")
 K = 8  # leading directions that φ compares
@@ -38,6 +41,37 @@ def predictors(a: Adapter, b: Adapter) -> dict[str, float]:
     product = table.phi_left * table.phi_right
     means = table.cosine.abs().mean(), table.phi_left.mean(), table.phi_right.mean(), product.mean(), inputs, outputs
     return dict(zip(COLUMNS, map(float, means), strict=True))
+
+
+def losses(label: str, at: Candidate | None = None) -> np.ndarray:
+    """Points of accuracy a task loses against its own adapter in a merge of two, shape=[pairs, 1 + resamples].
+
+    The mean of both tasks, for the pairs of `published`, with the scale that validation texts choose or `at` one.
+    """
+    run = tables.published()
+    [outcomes] = run.select("pairs", (1,), label=label).values()
+    if [o.trial.tasks for o in outcomes] != list(published().index):
+        raise ValueError(f"{label}: its pairs are not those of data/results/predictors.csv")
+    row = run.row(outcomes, lambda outcome: at)
+    return 100 * (row.own - row.accuracy).mean(2)
+
+
+def correlation(measure: pd.Series, lost: np.ndarray, count: int = 2000) -> tuple[float, float, float]:
+    """Spearman's ρ of a measure, indexed by the two tasks of each pair, with `losses`; its 95 % interval.
+
+    Pairs share tasks, so the interval draws tasks with replacement: a pair counts as often as both of its tasks were
+    drawn, and loses what it does in one resample of the texts.
+    """
+    x, rng, draws = measure.to_numpy(), np.random.default_rng(0), []
+    names = sorted({task for pair in measure.index for task in pair})
+    ends = np.array([[names.index(task) for task in pair] for pair in measure.index])
+    for r in 1 + np.arange(count) % (lost.shape[1] - 1):
+        often = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[ends].prod(1)
+        sample = np.repeat(np.arange(len(ends)), often)
+        if len(np.unique(x[sample])) > 2:
+            draws.append(spearmanr(x[sample], lost[sample, r])[0])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return float(spearmanr(x, lost[:, 0])[0]), float(low), float(high)
 
 
 def main(
