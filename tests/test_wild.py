@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -300,6 +302,27 @@ def test_a_sum_of_more_rank_than_the_layer_has_is_decomposed(tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", ["ties", "opcm"])
+def test_linear_algebra_of_a_device_is_loaded_before_the_threads(tmp_path, monkeypatch, method):
+    """torch loads that of CUDA at the first call, and two threads that call at once make it fail."""
+    write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 2))
+    calls, inverse = [], torch.linalg.inv
+    merging = sys.modules[lo.merge.__module__]
+
+    def inv(x, **rest):
+        calls.append(("inv", x.device.type, threading.current_thread() is threading.main_thread()))
+        return inverse(x, **rest)
+
+    def threads(*rest, _run=merging.parallel_map):
+        calls.append(("threads",))
+        return _run(*rest)
+
+    monkeypatch.setattr(torch.linalg, "inv", inv)
+    monkeypatch.setattr(merging, "parallel_map", threads)
+    lo.merge(tmp_path / "a", method=method, device="cpu")
+    assert calls[0] == ("inv", "cpu", True) and ("threads",) in calls
+
+
 # -- what a merge says of itself -----------------------------------------------------------------------------
 
 
@@ -358,6 +381,55 @@ def test_the_dtype_after_a_removal_is_the_widest_that_is_left(said, tmp_path):
             said("remove", "s", removed)
         said("export", "s", "-o", "m", "--overwrite")
         assert {t.dtype for t in tensors_of(tmp_path / "m").values()} == {dtype}
+
+
+UNET = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn"
+# A key of an old diffusers before .down.weight -> the layer, as diffusers' own tables of today have it.
+PROCESSORS = {
+    f"{UNET}.processor.to_q_lora": f"{UNET}.to_q",
+    f"{UNET}.processor.to_k_lora": f"{UNET}.to_k",
+    f"{UNET}.processor.to_out_lora": f"{UNET}.to_out.0",
+    f"{UNET}.processor.add_v_proj_lora": f"{UNET}.add_v_proj",
+    f"{TEXT}.to_v_lora": f"{TEXT}.v_proj",
+    f"{TEXT}.to_out_lora": f"{TEXT}.out_proj",
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_keys_of_attention_processors(said, tmp_path, alpha):
+    torch.manual_seed(0)
+    old, deltas = {}, {}
+    for key, layer in PROCESSORS.items():
+        up, down = torch.randn(6, 4), torch.randn(4, 5)
+        old |= {f"{key}.up.weight": up, f"{key}.down.weight": down}
+        old |= {} if alpha is None else {f"{key}.alpha": torch.tensor(alpha)}
+        deltas[layer] = ((1 if alpha is None else alpha / 4) * up.double() @ down.double()).numpy()
+    save_file(old, tmp_path / "old.safetensors")
+    more = 6 * (2 + (alpha is not None)) - 1
+    with pytest.warns(UserWarning, match=f"and {more} more: attention-processor keys of an old diffusers, read as"):
+        found = lo.load_adapter(tmp_path / "old.safetensors")
+    assert gap({n: found.delta(n).double().numpy() for n in found}, deltas) < 1e-6
+    # Beside a file of today, under its names.
+    new = {f"{layer}.lora_{x}.weight": torch.randn(6, 4) if x == "B" else torch.randn(4, 5)
+           for layer in deltas for x in "AB"}  # fmt: skip
+    save_file(new, tmp_path / "new.safetensors")
+    told = said("merge", "old.safetensors", "new.safetensors", "-o", "m.safetensors", "--method", "cat").err
+    assert "old.safetensors: " in told and "read as" in told and told.count("warning") == 1
+    kept = tensors_of(tmp_path / "m.safetensors")
+    for layer, delta in deltas.items():
+        other = new[f"{layer}.lora_B.weight"].double() @ new[f"{layer}.lora_A.weight"].double()
+        both = kept[f"{layer}.lora_B.weight"].double() @ kept[f"{layer}.lora_A.weight"].double()
+        torch.testing.assert_close(both, other + torch.tensor(delta), rtol=1e-5, atol=1e-5)
+
+
+def test_two_keys_of_one_layer_are_refused(tmp_path):
+    layer = f"{UNET}.to_q"
+    old = {f"{UNET}.processor.to_q_lora.{x}.weight": torch.ones(4, 4) for x in ("up", "down")}
+    for ends in (".lora.up.weight", ".lora.down.weight"), (".lora_A.weight", ".lora_B.weight"):
+        save_file(old | {layer + end: torch.ones(4, 4) for end in ends}, tmp_path / "two.safetensors")
+        with pytest.raises(AdapterError, match="name one module twice"), pytest.warns(UserWarning):
+            lo.load_adapter(tmp_path / "two.safetensors")
 
 
 @pytest.mark.parametrize(

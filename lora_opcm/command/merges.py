@@ -25,6 +25,7 @@ from .console import (
     number_or_word,
     say,
     torch_dtype,
+    wrote,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def merge_(
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
         merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {method}"), **call)
         path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite)
-    _wrote(path, merged)
+    wrote(path, merged)
 
 
 def resize_(
@@ -158,16 +159,6 @@ def resize_(
         [adapter], output, "cat", weights, rank=rank, energy=energy, dtype=dtype, format=format, drop=drop,
         ragged=ragged, overwrite=overwrite,
     )  # fmt: skip
-
-
-def _wrote(path: Path, merged) -> None:
-    worst = max(merged.dropped, key=merged.dropped.get, default=None)
-    lost = f"; the cut dropped at most {merged.dropped.get(worst, 0):.1%} of a module's squared norm ({worst})"
-    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
-    note(
-        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}"
-        + lost * (merged.dropped.get(worst, 0) > 1e-9)
-    )
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -227,4 +218,4 @@ def join_(
 
     recipe.refuse_existing(output, overwrite, format)
     merged, call, inputs = join(parts)
-    _wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)
+    wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)

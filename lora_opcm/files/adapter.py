@@ -73,7 +73,8 @@ class Adapter(Mapping[str, LowRank]):
     source : str
         Where it was loaded from, for messages.
     dropped : dict of str to float
-        Per module, the share of the squared norm that a merge's truncation cut off; empty for what was not merged.
+        Per module, the share of the squared norm that a merge's truncation cut off; empty for what was not merged. It
+        is 0 of a method that cuts the sum itself, before it gives it another spectrum (`iso_c` and its kin).
     factor : float
         What the updates were multiplied by at the end of a merge, see its `scale`.
     """
