@@ -32,11 +32,14 @@ class Kind:
     """What layer a module is, hence how its factors lie in a file.
 
     linear: up (m, r), down (r, n). conv: up (out, r, 1, …), down (r, in, *kernel), n = in·∏kernel.
-    embedding: up (dim, r), down (r, vocabulary).
+    embedding: up (dim, r), down (r, vocabulary). expert: one of `experts` in one of the `parameters` of a module, see
+    `experts`; up (out, r), down (r, in).
     """
 
     name: str = "linear"
     kernel: tuple[int, ...] = ()
+    experts: int = 0
+    parameters: tuple[str, ...] = ()
 
 
 LINEAR = Kind()
@@ -138,7 +141,8 @@ class Adapter(Mapping[str, LowRank]):
         """The dense ΔW of one module in the shape of its base weight, for tests and teaching.
 
         Transposed where the weight lies (in, out): embeddings, and linear layers if the config says
-        `fan_in_fan_out`. Shaped ``(out, in, *kernel)`` for convolutions.
+        `fan_in_fan_out`. Shaped ``(out, in, *kernel)`` for convolutions; (out, in) of one expert, as some models
+        store it and others do not.
         """
         update, kind = self.modules[name], self.kinds.get(name, LINEAR)
         if kind.name == "conv":
@@ -153,8 +157,8 @@ class Adapter(Mapping[str, LowRank]):
     def with_modules(self, modules: Mapping[str, LowRank]) -> "Adapter":
         """The same metadata with other updates."""
         config = self.config
-        if set(modules) != set(self.modules) and "target_modules" in config:
-            config = config | {"target_modules": None}  # they no longer say which modules; saving lists them
+        if set(modules) != set(self.modules):  # targets no longer say which modules; saving lists them
+            config = config | {key: None for key in ("target_modules", "target_parameters") if key in config}
         return replace(self, modules=dict(modules), config=config, dropped={}, factor=1.0)
 
     def regauge(self, seed: int = 0) -> "Adapter":

@@ -13,6 +13,7 @@ from ..gauge import padded
 from ..lowrank import LowRank, rounded
 from ..numerics import finite
 from .adapter import LINEAR, Adapter, AdapterError, widest
+from .experts import refuse_others
 from .format import INPUTS, Stored, folded
 from .full import config_of, full_tensors
 from .names import alike, base_of, respelled
@@ -168,6 +169,7 @@ def combine(
         If formats or base models differ, a module has another shape or is another kind of layer in one of them, or
         full tensors (`saved`) are not equal and `full` is not given.
     """
+    refuse_others(adapters)
     shapes_of(adapters)
     first = adapters[0]
     kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}

@@ -38,6 +38,10 @@ class Tensors:
         file, there = self.places[key]
         return file.get_tensor(there)
 
+    def shape(self, key: str) -> list[int]:
+        file, there = self.places[key]
+        return file.get_slice(there).get_shape()
+
     def dtype(self, key: str) -> str:
         """Its name in safetensors."""
         file, there = self.places[key]
