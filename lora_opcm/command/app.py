@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Look into LoRA adapters, compare them, merge them. The base model is never needed.",
+    help="Look into LoRA adapters, compare them, merge them. Only `fuse` needs the base model.",
     epilog="Exit codes: 0 done; 1 the answer is no (verify, merge --dry-run); 2 refused, with the reason; 3 the same"
     " merge in other bytes (verify); 130 interrupted.",
 )
@@ -48,7 +48,7 @@ def _app(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ):
-    """Look into LoRA adapters, compare them, merge them. The base model is never needed."""
+    """Look into LoRA adapters, compare them, merge them. Only `fuse` needs the base model."""
 
 
 @app.command()
@@ -114,6 +114,7 @@ def compare(
 app.command("merge")(merges.merge_)
 app.command("resize")(merges.resize_)
 app.command("join")(merges.join_)
+app.command("fuse")(merges.fuse_)
 
 
 @app.command()

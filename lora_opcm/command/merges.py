@@ -1,4 +1,4 @@
-"""`lora-opcm merge`, `resize` and `join`: one adapter out of several."""
+"""`lora-opcm merge`, `resize` and `join`: one adapter out of several; `fuse`: a model with one in it."""
 
 import json
 from pathlib import Path
@@ -219,3 +219,22 @@ def join_(
     recipe.refuse_existing(output, overwrite, format)
     merged, call, inputs = join(parts)
     wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)
+
+
+def fuse_(
+    adapter: Source,
+    base: Annotated[Path, typer.Option(help="the model: a folder with .safetensors files, or one such file")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="what is made, a folder or a file as the base is")],
+    drop: Drop = None,
+):
+    """A full model: the base with the adapter's updates added, for tools that take no adapter.
+
+    Files have the names, keys and dtypes of the base; config and tokenizer are copied. The base is read and written a
+    block of rows at a time and never is in memory. To leave it as it is, load the adapter beside it.
+    """
+    from ..files import dropping, fuse, load_adapter
+
+    (found,) = dropping([load_adapter(adapter)], drop or ())
+    with Steps() as steps:
+        changed, total = fuse(found, base, output, steps.of("writing"))
+    note(f"wrote {output}: {changed} of {total} tensors changed")

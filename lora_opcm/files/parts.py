@@ -65,7 +65,7 @@ def opened(path: Path, stack: ExitStack) -> Tensors:
             f"{path}: one part of an adapter in several files; give the folder, or the index beside them (…{INDEX})"
         )
     if path.name.endswith(INDEX):
-        files = {name: stack.enter_context(safe_open(path.parent / name, framework="pt")) for name in _named(path)}
+        files = {name: stack.enter_context(safe_open(path.parent / name, framework="pt")) for name in named(path)}
         _refuse_other_keys(path, files)
     else:
         files = {path.name: stack.enter_context(safe_open(path, framework="pt"))}
@@ -74,7 +74,7 @@ def opened(path: Path, stack: ExitStack) -> Tensors:
     return Tensors(_layers(_plain(places, str(path)), str(path)), metadata)
 
 
-def _named(index: Path) -> list[str]:
+def named(index: Path) -> list[str]:
     """The files an index names, all beside it."""
     parts = _weight_map(index).values()
     for name in parts:
