@@ -10,7 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_hand import CONFIG, PREFIX, WEIGHTS, deltas_of, gap, random_factors, read_peft, run, tensors_of, write_peft
+from by_hand import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    deltas_of,
+    gap,
+    norm,
+    random_factors,
+    read_peft,
+    run,
+    tensors_of,
+    write_peft,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -430,6 +442,68 @@ def test_two_keys_of_one_layer_are_refused(tmp_path):
         save_file(old | {layer + end: torch.ones(4, 4) for end in ends}, tmp_path / "two.safetensors")
         with pytest.raises(AdapterError, match="name one module twice"), pytest.warns(UserWarning):
             lo.load_adapter(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("first", ["kohya", "other"])
+@pytest.mark.parametrize("kind", ["diffusers", "peft"])
+def test_the_format_asked_for_is_that_of_another_input(said, tmp_path, first, kind):
+    """Underscores become the dots of the input that has them; the order of the inputs, and so the merge, stays."""
+    torch.manual_seed(0)
+    names = ["blocks.0.self_attn.q", "blocks.1.ffn.0"]
+    factors = {n: [(torch.randn(24, 3), torch.randn(3, 18)) for _ in range(2)] for n in names}
+    short = {n: "lora_unet_" + n.replace(".", "_") for n in names}
+    save_file(
+        {f"{short[n]}.lora_{x}.weight": t for n in names for x, t in zip(("up", "down"), factors[n][0])},
+        tmp_path / "k.safetensors",
+    )
+    if kind == "peft":
+        write_peft(tmp_path / "o", {n: factors[n][1] for n in names}, dtype=torch.float32, task_type="X")
+        paths, other, output = {"kohya": "k.safetensors", "other": "o"}, {n: n for n in names}, "m"
+    else:
+        other = {n: f"diffusion_model.{n}" for n in names}
+        save_file({f"{other[n]}.lora_{x}.weight": t for n in names for x, t in zip("BA", factors[n][1])},
+                  tmp_path / "o.safetensors")  # fmt: skip
+        paths, output = {"kohya": "k.safetensors", "other": "o.safetensors"}, "m.safetensors"
+    order = [paths.pop(first), *paths.values()]
+    said("merge", *order, "-o", output, "--method", "cat", "--format", kind)
+    found = lo.load_adapter(tmp_path / output)
+    assert found.format == kind and found.keys() == set(other.values())
+    for n in names:
+        exact = sum(b.double() @ a.double() for b, a in factors[n])
+        torch.testing.assert_close(found[other[n]].delta().double(), exact, rtol=1e-5, atol=1e-5)
+    assert "the same" in said("verify", *order, "--against", output).out
+    if kind == "peft":
+        config = json.loads((tmp_path / output / CONFIG).read_text())
+        assert config["task_type"] == "X" and config["target_modules"] == names
+    else:
+        assert json.loads(header(tmp_path / output)["lora_opcm"])["inputs"] == order
+
+
+def test_a_folder_without_the_prefix_of_peft(said, tmp_path):
+    deltas = write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 3))
+    save_file({k.removeprefix(PREFIX): t for k, t in tensors_of(tmp_path / "a").items()}, tmp_path / "a" / WEIGHTS)
+    told = said("merge", "a", "-o", "m", "--method", "cat").err
+    assert f"layers.0.q.lora_A.weight and 3 more: read as {PREFIX}layers.0.q.lora_A.weight" in told
+    assert gap(deltas_of(tmp_path / "m"), deltas) < 1e-12
+
+
+def test_a_scale_far_from_the_rule_is_told_of(said, tmp_path):
+    """The rule of `whitened_sum`: √2 times the mean norm of two adapters."""
+    rng = np.random.default_rng(0)
+    norms = [norm(write_peft(tmp_path / n, random_factors(rng, SHAPES, 2))) for n in "ab"]
+    rule = 2**0.5 * (norms[0] + 3 * norms[1]) / 2
+    for scale, times in (("8norm", 8 / 2**0.5), ("0.1norm", 0.1 / 2**0.5), ("3norm", 0), ("auto", 0)):
+        words = ["a", "b", "-o", scale, "--method", "whitened_sum", "--weights", "1,-3", "--scale", scale]
+        told = said("merge", *words).err
+        assert (f"that is {times:.3g} times the norm that --scale auto gives, {rule:.4g}" in told) == bool(times)
+    assert "auto" not in said("merge", "a", "b", "-o", "sum", "--method", "cat", "--scale", "50").err
+
+
+def test_align_and_convert_say_what_they_wrote(said, tmp_path):
+    for name in "pq":
+        write_peft(tmp_path / name, random_factors(np.random.default_rng(0), {CLIP: (8, 6)}, 2), **CLIP_CONFIG)
+    assert said("convert", "p", "-o", "k.safetensors").err == "wrote k.safetensors: 1 modules\n"
+    assert said("align", "p", "--to", "q", "-o", "r").err == "wrote r: 1 modules\n"
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def convert(
     (found,) = dropping([load_adapter(adapter)], drop or ())
     if like and found.format == "kohya" and to != "kohya":
         found = renamed(found, load_adapter(like))
-    save_adapter(found, output, to, overwrite, torch_dtype(dtype))
+    note(f"wrote {save_adapter(found, output, to, overwrite, torch_dtype(dtype))}: {len(found)} modules")
 
 
 @app.command("align")
@@ -207,7 +207,8 @@ def align_(
     from . import recipe
 
     recipe.refuse_existing(output, overwrite)
-    save_adapter(align(load_adapter(adapter), load_adapter(to)), output, overwrite=overwrite)
+    found = align(load_adapter(adapter), load_adapter(to))
+    note(f"wrote {save_adapter(found, output, overwrite=overwrite)}: {len(found)} modules")
 
 
 for command in (states.add, states.export, states.remove):

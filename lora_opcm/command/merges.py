@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 
+FAR = 3  # times the norm by the rule, or a part of it: what is warned of
+
+
 def _parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
     """`name=value` options, each value as JSON where it is some."""
     from ..merging.method import method_of
@@ -92,10 +95,12 @@ def merge_(
 
     Known spellings of one layer are one module, under the name the first adapter gives it.
     """
-    from ..files import load_adapter
+    from ..files import dropping, load_adapter
+    from ..files.joint import spelled_in
     from ..merging.merge import checked, merge
     from ..merging.method import method_of
     from ..merging.shards import merge_shard
+    from ..values import AUTO
     from . import recipe
 
     options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | _parse(option, method)
@@ -132,8 +137,12 @@ def merge_(
         inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
         merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {method}"), **call)
+        merged = spelled_in(merged, format or merged.format, dropping(loaded, drop or ()))
         path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite)
     wrote(path, merged)
+    if scale is not None and method_of(method).scale == AUTO and (rule := _by_rule(call, loaded)):
+        if not 1 / FAR < (times := merged.norm() / rule) < FAR:
+            note(f"warning: that is {times:.3g} times the norm that --scale auto gives, {rule:.4g}")
 
 
 def resize_(
@@ -161,6 +170,19 @@ def resize_(
     )  # fmt: skip
 
 
+def _sizes(call: dict, loaded: list) -> list[float]:
+    """Norms of the adapters, each weighted."""
+    return [abs(w) * a.norm() for w, a in zip(call.get("weights", [1.0] * len(loaded)), loaded, strict=True)]
+
+
+def _by_rule(call: dict, loaded: list) -> float:
+    """The norm that the scale "auto" gives; 0 of adapters that are zero."""
+    from ..values import AUTO, factor
+
+    sizes = _sizes(call, loaded)
+    return factor(AUTO, 1.0, sizes) if any(sizes) else 0.0
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
@@ -178,7 +200,7 @@ def _dry_run(
     dtype: "torch.dtype | None",
 ) -> int:
     from ..merging.plan import plan
-    from ..values import AUTO, factor, norms
+    from ..values import AUTO, norms
     from . import recipe
 
     total: dict[str, int] = {}
@@ -189,9 +211,8 @@ def _dry_run(
     rank = call.get("rank")
     say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
     if call["scale"] == AUTO:
-        sizes = [abs(w) * a.norm() for w, a in zip(call.get("weights", [1.0] * len(loaded)), loaded, strict=True)]
-        times = norms(AUTO, sum(map(bool, sizes)))
-        say(f"would scale to norm {factor(AUTO, 1.0, sizes):.4g}, {times:.3g} times the mean norm of the adapters")
+        times = norms(AUTO, sum(map(bool, _sizes(call, loaded))))
+        say(f"would scale to norm {_by_rule(call, loaded):.4g}, {times:.3g} times the mean norm of the adapters")
     planned = plan(loaded, call["method"], rank=rank, dtype=dtype)
     say(
         f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"
