@@ -338,6 +338,13 @@ def test_linear_algebra_of_a_device_is_loaded_before_the_threads(tmp_path, monke
 # -- what a merge says of itself -----------------------------------------------------------------------------
 
 
+def test_ids_in_recipes_and_states_stay_what_they_are():
+    x = torch.arange(12.0).reshape(4, 3)
+    kinds = {"b": lo.files.Kind("conv", (2, 2)), "c": lo.files.Kind("embedding")}
+    adapter = lo.Adapter({n: lo.LowRank(x, x.mT) for n in "abc"}, kinds=kinds, saved={"h": x})
+    assert adapter.id == "1227e4234982ae5f099152c9203bbe93b41b95a42ef57df617fe9c83b1c303ea"
+
+
 def test_a_merged_kohya_file_has_its_own_title(said, tmp_path):
     first = {"ss_output_name": "cats", "modelspec.title": "cats", "modelspec.trigger_phrase": "a photo of sks cat",
              "ss_tag_frequency": "{}", "ss_base_model_version": "sdxl_base_v1-0",

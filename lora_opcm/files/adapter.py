@@ -38,8 +38,8 @@ class Kind:
 
     name: str = "linear"
     kernel: tuple[int, ...] = ()
-    experts: int = 0
-    parameters: tuple[str, ...] = ()
+    experts: int = field(default=0, repr=False)  # not in the text that `Adapter.id` is made of
+    parameters: tuple[str, ...] = field(default=(), repr=False)
 
 
 LINEAR = Kind()
