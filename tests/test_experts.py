@@ -141,6 +141,25 @@ def test_experts_are_merged_one_by_one(said, tmp_path, ragged):
     assert said("verify", "a", "b", "--against", "m").out.count("the same") == 1
 
 
+@pytest.mark.parametrize("words", [["--energy", 0.6, "--ragged"], ["--energy", 0.6], ["--rank", 2]])
+def test_peft_reads_ranks_that_a_cut_made(said, tmp_path, words):
+    base = small("mixtral")
+    for seed, name in enumerate("ab"):
+        trained(tmp_path / name, base, seed)
+    said("merge", "a", "b", "-o", "m", "--method", "cat", *words)
+    found, before = lo.load_adapter(tmp_path / "m"), dict(base.named_parameters())
+    assert ("--ragged" in words) == bool(json.loads((tmp_path / "m" / CONFIG).read_text())["rank_pattern"])
+    after = dict(opened(base, tmp_path / "m").merge_and_unload().named_parameters())
+    for name, old in before.items():
+        module, _, parameter = name.rpartition(".")
+        wrapper = {"gate_up_proj": f"{module}.base_layer", "down_proj": module}.get(parameter)
+        if wrapper and ".experts" in name:
+            expected = torch.stack([found[f"{wrapper}.{e}"].delta() for e in range(4)])
+        else:
+            expected = found[module].delta() if module in found else torch.zeros_like(old)
+        torch.testing.assert_close(after[name] - old, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_ranks_and_scales_of_two_parameters(tmp_path):
     """Ranks of the config that fit the factors in one way only tell the wrappers; others are refused."""
     base = small("mixtral")

@@ -244,6 +244,18 @@ def test_what_is_no_base(said, tmp_path, two):
     assert "base: exists already" in refused(said, tmp_path, "a", "--base", "base", "-o", "base")
 
 
+def test_a_key_in_two_files(said, tmp_path, two):
+    base, _ = two
+    tensors, names = load_file(base / "model.safetensors"), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (tmp_path / "twice").mkdir()
+    for name in names:
+        save_file(tensors, tmp_path / "twice" / name)
+    places = {key: names[i % 2] for i, key in enumerate(tensors)}
+    (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    told = refused(said, tmp_path, "a", "--base", "twice", "-o", "x")
+    assert f"{names[1]}: lm_head.weight and 20 more is in {names[0]}, too" in told
+
+
 def test_what_overflows_leaves_nothing(said, tmp_path, two):
     base, adapter = two
     llama().half().save_pretrained(tmp_path / "half")

@@ -95,7 +95,11 @@ def fuse(
         raise AdapterError(f"{output}: exists already, expected the name of a model to be made")
     if base.is_file() and output.suffix != ".safetensors":
         raise AdapterError(f"{output}: the base is one file, expected a name ending in .safetensors")
-    places = {key: place for file in files for key, place in _places(file).items()}
+    places: dict[str, Place] = {}
+    for file in files:
+        if both := sorted(places.keys() & (own := _places(file)).keys()):
+            raise AdapterError(f"{file}: {both[0]}{and_more(both)} is in {places[both[0]].file.name}, too")
+        places |= own
     changes = _changes(adapter, places, base)
     keys = iter(progress(list(places), total=len(places)) if progress else places)
     output.parent.mkdir(parents=True, exist_ok=True)

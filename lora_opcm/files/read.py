@@ -194,8 +194,8 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
         names = {k: peft.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         refuse([k for k, name in names.items() if name is None], where)
         saved = {name: key for key, name in names.items() if name is not None}
-        keys = (key for parts in factors.values() for key in parts.values())
-        if bare := [key for key in keys if not key.startswith(peft.PREFIX)]:
+        bare = [key for parts in factors.values() for key in parts.values()]
+        if bare and not any(key.startswith(peft.PREFIX) for key in bare):
             warnings.warn(f"{where}: {bare[0]}{and_more(bare)}: read as {peft.PREFIX}{bare[0]}", stacklevel=2)
         said = peft.Scales(config, config_path)
         factors, experts = split(factors, config, said, tensors.shape, where)
