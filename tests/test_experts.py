@@ -244,3 +244,16 @@ def test_targets_that_are_none_are_refused(tmp_path, targets):
     plain(tmp_path / "a", targets)
     with pytest.raises(AdapterError, match="target_parameters"):
         lo.load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("rows, message", [(10**9, "factors of 1000000000 rows"), (0, "factors of 0 rows")])
+def test_a_header_of_a_billion_experts_costs_nothing(tmp_path, rows, message):
+    plain(tmp_path / "a", ["p.w"])
+    header = {f"{PREFIX}p.lora_{x}.weight": {"dtype": "F32", "shape": s, "data_offsets": [0, 0]}
+              for x, s in (("A", [rows, 0]), ("B", [0, rows]))}  # fmt: skip
+    text = json.dumps(header).encode()
+    (tmp_path / "a" / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(AdapterError, match=message):
+        lo.load_adapter(tmp_path / "a")
+    with pytest.raises(AdapterError, match=message):
+        merge_shard([tmp_path / "a"], tmp_path / "s", (0, 2), "cat")

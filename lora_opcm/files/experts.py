@@ -21,6 +21,7 @@ from .format import Stored
 from .peft import Scales
 
 MAX_PARAMETERS = 5  # of one module, where their ranks and scales are not all the same
+MAX_EXPERTS, MAX_MODULES = 4096, 200_000  # of a parameter, of a file: a hostile header must not cost much
 Factors = dict[str, dict[str, str]]
 
 
@@ -83,6 +84,8 @@ def split(
         for name, (rank, scale), length in zip(names, sizes, rows, strict=True):
             kind = Kind("expert", experts=length // rank, parameters=tuple(parameters))
             pieces[name] = [f"{name}.{index}" for index in range(kind.experts)]
+            if len(experts) + kind.experts > MAX_MODULES:
+                raise AdapterError(f"{where}: more than {MAX_MODULES} experts, no adapter has as many")
             experts |= {each: Expert(name, i, scale, kind) for i, each in enumerate(pieces[name])}
     return {each: parts for name, parts in factors.items() for each in pieces.get(name, [name])}, experts
 
@@ -98,7 +101,7 @@ def _sizes(
     fit = []
     for order in sorted(orders):
         counts = {n / rank for n, (rank, _) in zip(rows, order, strict=True)}
-        if len(counts) == 1 and min(counts) >= 1 and min(counts).is_integer():
+        if len(counts) == 1 and 1 <= min(counts) <= MAX_EXPERTS and min(counts).is_integer():
             fit.append(list(order))
     if len(fit) != 1 or len(known) < len(rows):
         said = ", ".join(
