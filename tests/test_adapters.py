@@ -633,7 +633,7 @@ CONFIG_REFUSALS = {
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set: aLoRA"),
     "tokens": ({"trainable_token_indices": [0]}, "trainable_token_indices is set"),
     "replication": ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
-    "moe": ({"target_parameters": ["experts.up"]}, "target_parameters is set: .*mixture of experts"),
+    "moe": ({"target_parameters": "experts.up"}, "target_parameters is 'experts.up', expected a list"),
     "future use": ({"use_zora": True}, "use_zora is set: a variant of LoRA that is not known"),
     "future config": ({"zora_config": {"k": 1}}, "zora_config is set: a variant of LoRA that is not known"),
     **{

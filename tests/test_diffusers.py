@@ -142,3 +142,20 @@ def test_an_adapter_of_peft_converted(tmp_path):
         found = opened(tmp_path / f"{format}.safetensors", unet(), *MODELS["sd"][1:3])
         assert gap(found, expected) < 1e-5, format
     assert np.isfinite(list(expected.values())[0]).all()
+
+
+def test_keys_of_attention_processors(tmp_path):
+    """What an old diffusers wrote, read as the new one reads it."""
+    attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    model, tensors = unet(), {}
+    torch.manual_seed(0)
+    for old, layer in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
+        m, n = model.get_submodule(f"{attention}.{layer}").weight.shape
+        key = f"unet.{attention}.processor.{old}_lora"
+        tensors |= {f"{key}.up.weight": torch.randn(m, 3), f"{key}.down.weight": torch.randn(3, n)}
+    save_file(tensors, tmp_path / "old.safetensors")
+    theirs = opened(tmp_path / "old.safetensors", model, *MODELS["sd"][1:3])
+    with pytest.warns(UserWarning, match="attention-processor keys of an old diffusers"):
+        ours = lo.load_adapter(tmp_path / "old.safetensors")
+    assert len(theirs) == 4
+    assert gap({n.removeprefix("unet."): ours.delta(n).double().numpy() for n in ours}, theirs) < 1e-6

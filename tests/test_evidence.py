@@ -571,6 +571,7 @@ def test_a_capped_stream_keeps_one_adapter_between_two(bench):
     (left, right_), = (p["w"] for p in packed)  # fmt: skip
     assert np.linalg.svd(left @ right_)[1][:3] == pytest.approx([3, 2, 0], abs=1e-5)
     assert size == pytest.approx(MEAN) and about["rank"] == [2]
+    assert about["dropped"] == [pytest.approx(1 / (9 + 4 + 1), abs=1e-5)]
 
 
 def lines(file):

@@ -98,3 +98,42 @@ def test_what_has_no_mean_is_refused(tmp_path):
         assert lo.merge(tmp_path / "a", tmp_path / other, full="first").saved["head.w"].equal(torch.ones(3, 8))
     with pytest.raises(ValueError, match="full must be None, 'first', 'drop' or 'mean', got 'avg'"):
         lo.merge(tmp_path / "a", full="avg")
+
+
+# -- states --------------------------------------------------------------------------------------------------
+
+
+def test_a_state_refuses_heads_that_differ_and_says_how_to_go_on(said, heads, tmp_path):
+    said("add", "s", "a")
+    before = (tmp_path / "s").read_bytes()
+    refused = said("add", "s", "b", code=2).err
+    assert "expected one full tensor (modules_to_save) in both" in refused and "--full (full=) takes" in refused
+    refused = said("add", "s", "b", "--full", "mean", code=2).err
+    assert "a mean needs all that came: full is 'first' or 'drop' here" in refused and "merge --full mean" in refused
+    assert (tmp_path / "s").read_bytes() == before
+
+
+@pytest.mark.parametrize("order", [["a", "b", "c"], ["c", "b", "a"]])
+@pytest.mark.parametrize("how", ["first", "drop"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_state_takes_the_first_head_or_drops_all(said, heads, tmp_path, order, how, apart):
+    found, deltas = heads
+    for names in [[n] for n in order] if apart else [order]:
+        said("add", "s", *names, "--full", how, *(["--method", "whitened_sum"] if names[0] == order[0] else []))
+    said("export", "s", "-o", "m")
+    said("merge", *order, "-o", "n", "--method", "whitened_sum", "--full", how)
+    assert gap(deltas_of(tmp_path / "m"), deltas_of(tmp_path / "n")) < 1e-6
+    full = next(found[n] for n in order if found[n]) if how == "first" else {}
+    for folder in "mn":
+        tensors, config = kept(tmp_path / folder), json.loads((tmp_path / folder / CONFIG).read_text())
+        assert tensors.keys() == full.keys() and all(torch.equal(tensors[k], full[k]) for k in full)
+        assert config.get("modules_to_save") == (["head"] if full else None)
+
+
+def test_full_tensors_stay_when_their_adapter_is_removed(said, heads, tmp_path):
+    found, _ = heads
+    said("add", "s", "a", "b", "c", "--full", "first", "--method", "whitened_sum")
+    assert "its full tensors (head.bias, …) are no part of the sum" in said("remove", "s", "a").err
+    assert "full tensors" not in said("remove", "s", "c").err
+    said("export", "s", "-o", "m")
+    assert all(torch.equal(t, found["a"][k]) for k, t in kept(tmp_path / "m").items())

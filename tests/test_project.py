@@ -57,8 +57,8 @@ def test_import_needs_little():
 ROOMS = "values plugins numerics parallel lowrank geometry gauge files merging streams testing api lab command site"
 INSIDE = {
     "geometry": "frames angles geodesics overlap means",
-    "files": "names adapter format peft full joint paired refusals parts kohya diffusers table disk expanded updates"
-    " read write live bundle shipped",
+    "files": "names adapter format peft experts full joint paired refusals parts kohya diffusers table disk expanded"
+    " updates read write live fuse bundle shipped",
     "merging": "core method rules space merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges tune app",

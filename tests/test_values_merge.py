@@ -30,7 +30,7 @@ from factories import dense_opcm
 from safetensors.torch import save_file
 
 import lora_opcm as lo
-from lora_opcm.command import merges
+from lora_opcm.command import console
 
 SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
 CLIP = "text_model.encoder.layers.0.mlp.fc1"  # a module that kohya has a name for
@@ -190,9 +190,9 @@ def test_a_name_that_the_format_cannot_have_is_refused_before_the_work(said, tmp
 
 def test_a_merge_that_cut_nothing_says_nothing_of_a_cut(capsys):
     for dropped in ({}, {"w": 0.0}, {"w": 1e-9}):
-        merges._wrote("m", lo.Adapter({}, dropped=dropped))
+        console.wrote("m", lo.Adapter({}, dropped=dropped))
         assert capsys.readouterr().err.split() == "wrote m: 0 modules, norm 0".split()
-    merges._wrote("m", lo.Adapter({}, dropped={"v": 0.002, "w": 0.0123}))
+    console.wrote("m", lo.Adapter({}, dropped={"v": 0.002, "w": 0.0123}))
     assert "norm 0; the cut dropped at most 1.2% of a module's squared norm (w)" in capsys.readouterr().err
 
 

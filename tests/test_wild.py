@@ -2,13 +2,27 @@
 
 import json
 import re
+import sys
+import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from by_hand import CONFIG, PREFIX, WEIGHTS, deltas_of, gap, random_factors, read_peft, run, tensors_of, write_peft
+from by_hand import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    deltas_of,
+    gap,
+    norm,
+    random_factors,
+    read_peft,
+    run,
+    tensors_of,
+    write_peft,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -300,7 +314,35 @@ def test_a_sum_of_more_rank_than_the_layer_has_is_decomposed(tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", ["ties", "opcm"])
+def test_linear_algebra_of_a_device_is_loaded_before_the_threads(tmp_path, monkeypatch, method):
+    """torch loads that of CUDA at the first call, and two threads that call at once make it fail."""
+    write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 2))
+    calls, inverse = [], torch.linalg.inv
+    merging = sys.modules[lo.merge.__module__]
+
+    def inv(x, **rest):
+        calls.append(("inv", x.device.type, threading.current_thread() is threading.main_thread()))
+        return inverse(x, **rest)
+
+    def threads(*rest, _run=merging.parallel_map):
+        calls.append(("threads",))
+        return _run(*rest)
+
+    monkeypatch.setattr(torch.linalg, "inv", inv)
+    monkeypatch.setattr(merging, "parallel_map", threads)
+    lo.merge(tmp_path / "a", method=method, device="cpu")
+    assert calls[0] == ("inv", "cpu", True) and ("threads",) in calls
+
+
 # -- what a merge says of itself -----------------------------------------------------------------------------
+
+
+def test_ids_in_recipes_and_states_stay_what_they_are():
+    x = torch.arange(12.0).reshape(4, 3)
+    kinds = {"b": lo.files.Kind("conv", (2, 2)), "c": lo.files.Kind("embedding")}
+    adapter = lo.Adapter({n: lo.LowRank(x, x.mT) for n in "abc"}, kinds=kinds, saved={"h": x})
+    assert adapter.id == "1227e4234982ae5f099152c9203bbe93b41b95a42ef57df617fe9c83b1c303ea"
 
 
 def test_a_merged_kohya_file_has_its_own_title(said, tmp_path):
@@ -358,6 +400,117 @@ def test_the_dtype_after_a_removal_is_the_widest_that_is_left(said, tmp_path):
             said("remove", "s", removed)
         said("export", "s", "-o", "m", "--overwrite")
         assert {t.dtype for t in tensors_of(tmp_path / "m").values()} == {dtype}
+
+
+UNET = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn"
+# A key of an old diffusers before .down.weight -> the layer, as diffusers' own tables of today have it.
+PROCESSORS = {
+    f"{UNET}.processor.to_q_lora": f"{UNET}.to_q",
+    f"{UNET}.processor.to_k_lora": f"{UNET}.to_k",
+    f"{UNET}.processor.to_out_lora": f"{UNET}.to_out.0",
+    f"{UNET}.processor.add_v_proj_lora": f"{UNET}.add_v_proj",
+    f"{TEXT}.to_v_lora": f"{TEXT}.v_proj",
+    f"{TEXT}.to_out_lora": f"{TEXT}.out_proj",
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_keys_of_attention_processors(said, tmp_path, alpha):
+    torch.manual_seed(0)
+    old, deltas = {}, {}
+    for key, layer in PROCESSORS.items():
+        up, down = torch.randn(6, 4), torch.randn(4, 5)
+        old |= {f"{key}.up.weight": up, f"{key}.down.weight": down}
+        old |= {} if alpha is None else {f"{key}.alpha": torch.tensor(alpha)}
+        deltas[layer] = ((1 if alpha is None else alpha / 4) * up.double() @ down.double()).numpy()
+    save_file(old, tmp_path / "old.safetensors")
+    more = 6 * (2 + (alpha is not None)) - 1
+    with pytest.warns(UserWarning, match=f"and {more} more: attention-processor keys of an old diffusers, read as"):
+        found = lo.load_adapter(tmp_path / "old.safetensors")
+    assert gap({n: found.delta(n).double().numpy() for n in found}, deltas) < 1e-6
+    # Beside a file of today, under its names.
+    new = {f"{layer}.lora_{x}.weight": torch.randn(6, 4) if x == "B" else torch.randn(4, 5)
+           for layer in deltas for x in "AB"}  # fmt: skip
+    save_file(new, tmp_path / "new.safetensors")
+    told = said("merge", "old.safetensors", "new.safetensors", "-o", "m.safetensors", "--method", "cat").err
+    assert "old.safetensors: " in told and "read as" in told and told.count("warning") == 1
+    kept = tensors_of(tmp_path / "m.safetensors")
+    for layer, delta in deltas.items():
+        other = new[f"{layer}.lora_B.weight"].double() @ new[f"{layer}.lora_A.weight"].double()
+        both = kept[f"{layer}.lora_B.weight"].double() @ kept[f"{layer}.lora_A.weight"].double()
+        torch.testing.assert_close(both, other + torch.tensor(delta), rtol=1e-5, atol=1e-5)
+
+
+def test_two_keys_of_one_layer_are_refused(tmp_path):
+    layer = f"{UNET}.to_q"
+    old = {f"{UNET}.processor.to_q_lora.{x}.weight": torch.ones(4, 4) for x in ("up", "down")}
+    for ends in (".lora.up.weight", ".lora.down.weight"), (".lora_A.weight", ".lora_B.weight"):
+        save_file(old | {layer + end: torch.ones(4, 4) for end in ends}, tmp_path / "two.safetensors")
+        with pytest.raises(AdapterError, match="name one module twice"), pytest.warns(UserWarning):
+            lo.load_adapter(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("first", ["kohya", "other"])
+@pytest.mark.parametrize("kind", ["diffusers", "peft"])
+def test_the_format_asked_for_is_that_of_another_input(said, tmp_path, first, kind):
+    """Underscores become the dots of the input that has them; the order of the inputs, and so the merge, stays."""
+    torch.manual_seed(0)
+    names = ["blocks.0.self_attn.q", "blocks.1.ffn.0"]
+    factors = {n: [(torch.randn(24, 3), torch.randn(3, 18)) for _ in range(2)] for n in names}
+    short = {n: "lora_unet_" + n.replace(".", "_") for n in names}
+    save_file(
+        {f"{short[n]}.lora_{x}.weight": t for n in names for x, t in zip(("up", "down"), factors[n][0])},
+        tmp_path / "k.safetensors",
+    )
+    if kind == "peft":
+        write_peft(tmp_path / "o", {n: factors[n][1] for n in names}, dtype=torch.float32, task_type="X")
+        paths, other, output = {"kohya": "k.safetensors", "other": "o"}, {n: n for n in names}, "m"
+    else:
+        other = {n: f"diffusion_model.{n}" for n in names}
+        save_file({f"{other[n]}.lora_{x}.weight": t for n in names for x, t in zip("BA", factors[n][1])},
+                  tmp_path / "o.safetensors")  # fmt: skip
+        paths, output = {"kohya": "k.safetensors", "other": "o.safetensors"}, "m.safetensors"
+    order = [paths.pop(first), *paths.values()]
+    said("merge", *order, "-o", output, "--method", "cat", "--format", kind)
+    found = lo.load_adapter(tmp_path / output)
+    assert found.format == kind and found.keys() == set(other.values())
+    for n in names:
+        exact = sum(b.double() @ a.double() for b, a in factors[n])
+        torch.testing.assert_close(found[other[n]].delta().double(), exact, rtol=1e-5, atol=1e-5)
+    assert "the same" in said("verify", *order, "--against", output).out
+    if kind == "peft":
+        config = json.loads((tmp_path / output / CONFIG).read_text())
+        assert config["task_type"] == "X" and config["target_modules"] == names
+    else:
+        assert json.loads(header(tmp_path / output)["lora_opcm"])["inputs"] == order
+
+
+def test_a_folder_without_the_prefix_of_peft(said, tmp_path):
+    deltas = write_peft(tmp_path / "a", random_factors(np.random.default_rng(0), SHAPES, 3))
+    save_file({k.removeprefix(PREFIX): t for k, t in tensors_of(tmp_path / "a").items()}, tmp_path / "a" / WEIGHTS)
+    told = said("merge", "a", "-o", "m", "--method", "cat").err
+    assert f"layers.0.q.lora_A.weight and 3 more: read as {PREFIX}layers.0.q.lora_A.weight" in told
+    assert gap(deltas_of(tmp_path / "m"), deltas) < 1e-12
+
+
+def test_a_scale_far_from_the_rule_is_told_of(said, tmp_path):
+    """The rule of `whitened_sum`: √2 times the mean norm of two adapters."""
+    rng = np.random.default_rng(0)
+    norms = [norm(write_peft(tmp_path / n, random_factors(rng, SHAPES, 2))) for n in "ab"]
+    rule = 2**0.5 * (norms[0] + 3 * norms[1]) / 2
+    for scale, times in (("8norm", 8 / 2**0.5), ("0.1norm", 0.1 / 2**0.5), ("3norm", 0), ("auto", 0)):
+        words = ["a", "b", "-o", scale, "--method", "whitened_sum", "--weights", "1,-3", "--scale", scale]
+        told = said("merge", *words).err
+        assert (f"that is {times:.3g} times the norm that --scale auto gives, {rule:.4g}" in told) == bool(times)
+    assert "auto" not in said("merge", "a", "b", "-o", "sum", "--method", "cat", "--scale", "50").err
+
+
+def test_align_and_convert_say_what_they_wrote(said, tmp_path):
+    for name in "pq":
+        write_peft(tmp_path / name, random_factors(np.random.default_rng(0), {CLIP: (8, 6)}, 2), **CLIP_CONFIG)
+    assert said("convert", "p", "-o", "k.safetensors").err == "wrote k.safetensors: 1 modules\n"
+    assert said("align", "p", "--to", "q", "-o", "r").err == "wrote r: 1 modules\n"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Look into LoRA adapters, compare them, merge them. Only `tune` asks for the base model.",
+    help="Look into LoRA adapters, compare them, merge them. Only `tune` and `fuse` ask for the base model.",
     epilog="Exit codes: 0 done; 1 the answer is no (verify, merge --dry-run); 2 refused, with the reason; 3 the same"
     " merge in other bytes (verify); 130 interrupted.",
 )
@@ -48,7 +48,7 @@ def _app(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ):
-    """Look into LoRA adapters, compare them, merge them. Only `tune` asks for the base model."""
+    """Look into LoRA adapters, compare them, merge them. Only `tune` and `fuse` ask for the base model."""
 
 
 @app.command()
@@ -115,6 +115,7 @@ app.command("merge")(merges.merge_)
 app.command("resize")(merges.resize_)
 app.command("join")(merges.join_)
 app.command("tune")(tune.tune_)
+app.command("fuse")(merges.fuse_)
 
 
 @app.command()
@@ -191,7 +192,7 @@ def convert(
     (found,) = dropping([load_adapter(adapter)], drop or ())
     if like and found.format == "kohya" and to != "kohya":
         found = renamed(found, load_adapter(like))
-    save_adapter(found, output, to, overwrite, torch_dtype(dtype))
+    note(f"wrote {save_adapter(found, output, to, overwrite, torch_dtype(dtype))}: {len(found)} modules")
 
 
 @app.command("align")
@@ -207,7 +208,8 @@ def align_(
     from . import recipe
 
     recipe.refuse_existing(output, overwrite)
-    save_adapter(align(load_adapter(adapter), load_adapter(to)), output, overwrite=overwrite)
+    found = align(load_adapter(adapter), load_adapter(to))
+    note(f"wrote {save_adapter(found, output, overwrite=overwrite)}: {len(found)} modules")
 
 
 for command in (states.add, states.export, states.remove):

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     import torch
 
+    from ..files import Adapter
+
 # Piped tables are not squeezed into 80 columns.
 out, err = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True, soft_wrap=True)
 
@@ -84,6 +86,15 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """A line beside the result, on stderr."""
     err.print(text, highlight=False, markup=False)
+
+
+def wrote(path: Path, merged: "Adapter") -> None:
+    """What was written: how much, and what a factor and a cut made of it."""
+    worst = max(merged.dropped, key=lambda name: merged.dropped[name], default="")
+    share = merged.dropped.get(worst, 0.0)
+    lost = f"; the cut dropped at most {share:.1%} of a module's squared norm ({worst})"
+    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
+    note(f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}" + lost * (share > 1e-9))
 
 
 def guarded(run: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""`lora-opcm merge`, `resize` and `join`: one adapter out of several."""
+"""`lora-opcm merge`, `resize` and `join`: one adapter out of several; `fuse`: a model with one in it."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,15 @@ from .console import (
     number_or_word,
     say,
     torch_dtype,
+    wrote,
 )
 
 if TYPE_CHECKING:
     import torch
 
     from ..files import Adapter
+
+FAR = 3  # times the norm by the rule, or a part of it: what is warned of
 
 
 def parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
@@ -145,15 +148,23 @@ def merged_into(
     choice: dict[str, Any] | None = None,
 ) -> None:
     """Merge adapters by `call`, write what comes out with its recipe, and say so."""
+    from ..files import dropping
+    from ..files.joint import spelled_in
     from ..merging.merge import merge
+    from ..merging.method import method_of
+    from ..values import AUTO
     from . import recipe
 
     with Steps() as steps:
         inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
         merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {call['method']}"), **call)
+        merged = spelled_in(merged, format or merged.format, dropping(loaded, call.get("drop") or ()))
         path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite, choice)
-    _wrote(path, merged)
+    wrote(path, merged)
+    given = call["scale"] != AUTO and method_of(call["method"]).scale == AUTO
+    if given and (rule := _by_rule(call, loaded)) and not 1 / FAR < (times := merged.norm() / rule) < FAR:
+        note(f"warning: that is {times:.3g} times the norm that --scale auto gives, {rule:.4g}")
 
 
 def resize_(
@@ -181,14 +192,17 @@ def resize_(
     )  # fmt: skip
 
 
-def _wrote(path: Path, merged) -> None:
-    worst = max(merged.dropped, key=merged.dropped.get, default=None)
-    lost = f"; the cut dropped at most {merged.dropped.get(worst, 0):.1%} of a module's squared norm ({worst})"
-    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
-    note(
-        f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}"
-        + lost * (merged.dropped.get(worst, 0) > 1e-9)
-    )
+def _sizes(call: dict, loaded: list) -> list[float]:
+    """Norms of the adapters, each weighted."""
+    return [abs(w) * a.norm() for w, a in zip(call.get("weights", [1.0] * len(loaded)), loaded, strict=True)]
+
+
+def _by_rule(call: dict, loaded: list) -> float:
+    """The norm that the scale "auto" gives; 0 of adapters that are zero."""
+    from ..values import AUTO, factor
+
+    sizes = _sizes(call, loaded)
+    return factor(AUTO, 1.0, sizes) if any(sizes) else 0.0
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -208,7 +222,7 @@ def _dry_run(
     dtype: "torch.dtype | None",
 ) -> int:
     from ..merging.plan import plan
-    from ..values import AUTO, factor, norms
+    from ..values import AUTO, norms
     from . import recipe
 
     total: dict[str, int] = {}
@@ -219,9 +233,8 @@ def _dry_run(
     rank = call.get("rank")
     say(f"summed rank up to {max(total.values())}" + (f", cut to {rank}" if rank else ""))
     if call["scale"] == AUTO:
-        sizes = [abs(w) * a.norm() for w, a in zip(call.get("weights", [1.0] * len(loaded)), loaded, strict=True)]
-        times = norms(AUTO, sum(map(bool, sizes)))
-        say(f"would scale to norm {factor(AUTO, 1.0, sizes):.4g}, {times:.3g} times the mean norm of the adapters")
+        times = norms(AUTO, sum(map(bool, _sizes(call, loaded))))
+        say(f"would scale to norm {_by_rule(call, loaded):.4g}, {times:.3g} times the mean norm of the adapters")
     planned = plan(loaded, call["method"], rank=rank, dtype=dtype)
     say(
         f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"
@@ -248,4 +261,23 @@ def join_(
 
     recipe.refuse_existing(output, overwrite, format)
     merged, call, inputs = join(parts)
-    _wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)
+    wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)
+
+
+def fuse_(
+    adapter: Source,
+    base: Annotated[Path, typer.Option(help="the model: a folder with .safetensors files, or one such file")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="what is made, a folder or a file as the base is")],
+    drop: Drop = None,
+):
+    """A full model: the base with the adapter's updates added, for tools that take no adapter.
+
+    Files have the names, keys and dtypes of the base; config and tokenizer are copied. The base is read and written a
+    block of rows at a time and never is in memory. To leave it as it is, load the adapter beside it.
+    """
+    from ..files import dropping, fuse, load_adapter
+
+    (found,) = dropping([load_adapter(adapter)], drop or ())
+    with Steps() as steps:
+        changed, total = fuse(found, base, output, steps.of("writing"))
+    note(f"wrote {output}: {changed} of {total} tensors changed")

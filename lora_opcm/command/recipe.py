@@ -12,9 +12,10 @@ from typing import Any, cast
 import msgspec
 import torch
 
-from ..files import Adapter, AdapterError, load_adapter, save_adapter, weights_of
+from ..files import Adapter, AdapterError, dropping, load_adapter, save_adapter, weights_of
 from ..files.bundle import DTypeName
 from ..files.disk import scratch, write_text
+from ..files.joint import spelled_in
 from ..files.peft import CONFIG, WEIGHTS
 from ..files.table import names_in
 from ..files.write import one_file
@@ -222,6 +223,7 @@ def verify(
         again = merge(adapters, progress=progress, dtype=wide, **_old_scale(found.merge) | found.merge)
     except TypeError as error:
         raise AdapterError(f"{path}: the merge cannot be repeated: {error}") from None
+    again = spelled_in(again, stored.format, dropping(adapters, found.merge.get("drop", ())))
     names = names_in(stored.format, again)
     again = again.with_modules({names[name]: u for name, u in again.items()})
     allowed = 2 * relative_rounding(stored) + 1e-5 if tolerance is None else tolerance

@@ -13,6 +13,7 @@ from .console import (
     AsJson,
     Disjoint,
     Energy,
+    FullTensors,
     Inputs,
     OutDType,
     OutFormat,
@@ -25,6 +26,7 @@ from .console import (
     number_or_word,
     show,
     torch_dtype,
+    wrote,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +48,14 @@ class Sides(StrEnum):
     right = "right"
 
 
+StateFull = Annotated[
+    FullTensors | None,
+    typer.Option(
+        "--full",
+        help="trained heads and embeddings in full (modules_to_save) that differ: keep those of the first adapter that"
+        " has them, or drop all; a mean needs all adapters at once, as `merge` has them; refused unless given",
+    ),
+]
 State = Annotated[Path, typer.Argument(help="a state file")]
 HEADS = {"name": "name", "norm": "norm", "lambda": "λ", "cleared": "projected out", "dropped": "cut by the cap",
          "rank": "rank"}  # fmt: skip
@@ -74,6 +84,7 @@ def add(
     ] = None,
     disjoint: Disjoint = False,
     any_base: AnyBase = False,
+    full: StateFull = None,
     as_json: AsJson = False,
 ):
     """Take adapters into a continual merge, one after the other.
@@ -96,7 +107,7 @@ def add(
             stream = _new(method or "opcm", given)
         for i, path in enumerate(adapters, 1):
             text = f"adding {path.name} ({i} of {len(adapters)})"
-            stream.add(load_adapter(path), path.name, steps.of(text), disjoint, any_base)
+            stream.add(load_adapter(path), path.name, steps.of(text), disjoint, any_base, full and full.value)
             stream.save(state)
     _table(stream, as_json)
 
@@ -126,8 +137,7 @@ def export(
         path = save_adapter(merged, output, format, overwrite, torch_dtype(dtype))
     except (ValueError, LinAlgError) as error:
         raise AdapterError(f"{state}: {error}") from error
-    by = f" after a factor of {merged.factor:.4g}" * (merged.factor != 1)
-    note(f"wrote {path}: {len(merged)} modules, norm {merged.norm():.4g}{by}")
+    wrote(path, merged)
 
 
 def remove(

@@ -32,11 +32,14 @@ class Kind:
     """What layer a module is, hence how its factors lie in a file.
 
     linear: up (m, r), down (r, n). conv: up (out, r, 1, …), down (r, in, *kernel), n = in·∏kernel.
-    embedding: up (dim, r), down (r, vocabulary).
+    embedding: up (dim, r), down (r, vocabulary). expert: one of `experts` in one of the `parameters` of a module, see
+    `experts`; up (out, r), down (r, in).
     """
 
     name: str = "linear"
     kernel: tuple[int, ...] = ()
+    experts: int = field(default=0, repr=False)  # not in the text that `Adapter.id` is made of
+    parameters: tuple[str, ...] = field(default=(), repr=False)
 
 
 LINEAR = Kind()
@@ -73,7 +76,8 @@ class Adapter(Mapping[str, LowRank]):
     source : str
         Where it was loaded from, for messages.
     dropped : dict of str to float
-        Per module, the share of the squared norm that a merge's truncation cut off; empty for what was not merged.
+        Per module, the share of the squared norm that a merge's truncation cut off; empty for what was not merged. It
+        is 0 of a method that cuts the sum itself, before it gives it another spectrum (`iso_c` and its kin).
     factor : float
         What the updates were multiplied by at the end of a merge, see its `scale`.
     """
@@ -137,7 +141,8 @@ class Adapter(Mapping[str, LowRank]):
         """The dense ΔW of one module in the shape of its base weight, for tests and teaching.
 
         Transposed where the weight lies (in, out): embeddings, and linear layers if the config says
-        `fan_in_fan_out`. Shaped ``(out, in, *kernel)`` for convolutions.
+        `fan_in_fan_out`. Shaped ``(out, in, *kernel)`` for convolutions; (out, in) of one expert, as some models
+        store it and others do not.
         """
         update, kind = self.modules[name], self.kinds.get(name, LINEAR)
         if kind.name == "conv":
@@ -152,8 +157,8 @@ class Adapter(Mapping[str, LowRank]):
     def with_modules(self, modules: Mapping[str, LowRank]) -> "Adapter":
         """The same metadata with other updates."""
         config = self.config
-        if set(modules) != set(self.modules) and "target_modules" in config:
-            config = config | {"target_modules": None}  # they no longer say which modules; saving lists them
+        if set(modules) != set(self.modules):  # targets no longer say which modules; saving lists them
+            config = config | {key: None for key in ("target_modules", "target_parameters") if key in config}
         return replace(self, modules=dict(modules), config=config, dropped={}, factor=1.0)
 
     def regauge(self, seed: int = 0) -> "Adapter":

@@ -56,7 +56,7 @@ def _one_tensor(name: str, ours: Tensor | None, theirs: Tensor | None, both: str
         raise AdapterError(
             f"{both}: {name}: expected one full tensor (modules_to_save) in both, got different ones;"
             " a merge of low-rank updates has no rule for them: --full (full=) takes the first, drops them or takes"
-            " their mean, --drop (drop=) leaves modules out by name"
+            " their mean, `merge --drop` (drop=) leaves modules out by name"
         )
     return ours
 

@@ -13,6 +13,7 @@ from ..gauge import padded
 from ..lowrank import LowRank, rounded
 from ..numerics import finite
 from .adapter import LINEAR, Adapter, AdapterError, widest
+from .experts import refuse_others
 from .format import INPUTS, Stored, folded
 from .full import config_of, full_tensors
 from .names import alike, base_of, respelled
@@ -56,8 +57,7 @@ def spellings(adapters: Sequence[Adapter], disjoint: bool = False) -> list[dict[
         if known and adapter.format != adapters[0].format:
             _refuse_foreign(adapter, new, known, adapters[0])
         _tell(adapter, new, known)
-        if pairs := alike(known, new.values()) if known else []:
-            doubts.append(_doubt(adapter, known, pairs))
+        doubts += _doubts(adapter, new, known)
         shared = shared or any(name in known for name in new.values())
         known |= {name: adapter.source for name in new.values() if name not in known}
         saved = respelled(full, adapter.saved)
@@ -85,6 +85,27 @@ def respell(adapter: Adapter, names: Mapping[str, str], format: str) -> Adapter:
     return replace(new, kinds=kinds, saved={names.get(name, name): t for name, t in adapter.saved.items()})
 
 
+def spelled_in(adapter: Adapter, format: str, others: Sequence[Adapter]) -> Adapter:
+    """An adapter in a format that one of `others` is in, under its names; as it is if none is.
+
+    For formats that have no names of their own for it: dots cannot be told from underscores.
+    """
+    like = next((other for other in others if other.format == format != adapter.format), None)
+    if like is None:
+        return adapter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which names are which was said when the adapters were read
+        _, new = matched([like, adapter])
+    return replace(
+        new,
+        base_model=like.base_model or adapter.base_model,
+        config=like.with_modules(new.modules).config,
+        metadata={key: text for key, text in adapter.metadata.items() if key == INPUTS},
+        dropped=adapter.dropped,
+        factor=adapter.factor,
+    )
+
+
 def _tell(adapter: Adapter, new: Mapping[str, str], known: Mapping[str, str]) -> None:
     moved = [(old, name) for old, name in new.items() if old != name]
     if moved:
@@ -102,16 +123,18 @@ def _refuse_foreign(adapter: Adapter, new: Mapping[str, str], known: Mapping[str
         raise AdapterError(
             f"{first.source} and {adapter.source}: expected one format, got {first.format} and {adapter.format};"
             f" {_count(len(foreign))} of the second without a name in the first's, such as {foreign[0]}: convert one"
-            " of them, or put the one with more modules first"
+            f" of them, or put the one with more modules first{''.join(f'. {d}' for d in _doubts(adapter, new, known))}"
         )
 
 
-def _doubt(adapter: Adapter, known: Mapping[str, str], pairs: Sequence[tuple[str, str]]) -> str:
-    ours, theirs = pairs[0]
-    return (
+def _doubts(adapter: Adapter, new: Mapping[str, str], known: Mapping[str, str]) -> list[str]:
+    """What may be one layer, and is taken for different ones."""
+    pairs = alike(known, new.values()) if known else []
+    return [
         f"{known[ours]} and {adapter.source}: {_count(len(pairs))} that end alike under names that differ, taken for"
         f" different ones: {ours} there, {theirs} here"
-    )
+        for ours, theirs in pairs[:1]
+    ]
 
 
 def _count(number: int) -> str:
@@ -168,6 +191,7 @@ def combine(
         If formats or base models differ, a module has another shape or is another kind of layer in one of them, or
         full tensors (`saved`) are not equal and `full` is not given.
     """
+    refuse_others(adapters)
     shapes_of(adapters)
     first = adapters[0]
     kinds = first.kinds | {name: first.kinds.get(name, LINEAR) for name in first.modules}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..lowrank import LowRank
-from .adapter import Adapter
+from .adapter import LINEAR, Adapter
+from .experts import home
 from .read import load_adapter
 from .write import save_adapter
 
@@ -54,7 +55,8 @@ def attach(model: "Module", adapter: Adapter, name: str = "merged") -> "PeftMode
     from peft import PeftModel
 
     modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
-    if missing := [n for n in adapter if n not in modules]:
+    needed = {n: home(n) if adapter.kinds.get(n, LINEAR).name == "expert" else n for n in adapter}
+    if missing := [name for name, module in needed.items() if module not in modules]:
         raise ValueError(f"the model has no module {missing[0]!r} ({len(missing)} of {len(adapter)} are missing)")
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ValueError(f"the model has an adapter {name!r} already, expected another name")

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import KeysView
+from collections.abc import Callable, KeysView
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,10 @@ from .refusals import and_more
 
 INDEX = ".safetensors.index.json"
 PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
+# Of attention processors, before diffusers had layers of peft; under a text encoder's names where it has no processor.
+PROCESSOR = re.compile(
+    r"(?:(\.processor)?\.(?:to_(q|k|v|out)|(add_[kv]_proj))_lora)(?=\.(?:(?:down|up)\.weight|alpha)$)"
+)
 NAMED = re.compile(r"(?<=\.lora_[AB])\.([^.]+)(?=\.weight$)|(?<=\.lora_embedding_[AB])\.([^.]+)$")
 
 
@@ -34,6 +38,10 @@ class Tensors:
         file, there = self.places[key]
         return file.get_tensor(there)
 
+    def shape(self, key: str) -> list[int]:
+        file, there = self.places[key]
+        return file.get_slice(there).get_shape()
+
     def dtype(self, key: str) -> str:
         """Its name in safetensors."""
         file, there = self.places[key]
@@ -43,7 +51,8 @@ class Tensors:
 def opened(path: Path, stack: ExitStack) -> Tensors:
     """The tensors of a .safetensors file, or of all files that an index names, which `stack` closes.
 
-    A name of the adapter inside the keys (`lora_A.default.weight`) is left out of them.
+    A name of the adapter inside the keys (`lora_A.default.weight`) is left out of them, and keys of attention
+    processors (`attn1.processor.to_q_lora.down.weight`) become those of the layers.
 
     Raises
     ------
@@ -56,16 +65,16 @@ def opened(path: Path, stack: ExitStack) -> Tensors:
             f"{path}: one part of an adapter in several files; give the folder, or the index beside them (…{INDEX})"
         )
     if path.name.endswith(INDEX):
-        files = {name: stack.enter_context(safe_open(path.parent / name, framework="pt")) for name in _named(path)}
+        files = {name: stack.enter_context(safe_open(path.parent / name, framework="pt")) for name in named(path)}
         _refuse_other_keys(path, files)
     else:
         files = {path.name: stack.enter_context(safe_open(path, framework="pt"))}
     places = {key: (file, key) for file in files.values() for key in file.keys()}  # noqa: SIM118
     metadata = {k: v for file in reversed(files.values()) for k, v in (file.metadata() or {}).items()}
-    return Tensors(_plain(places, str(path)), metadata)
+    return Tensors(_layers(_plain(places, str(path)), str(path)), metadata)
 
 
-def _named(index: Path) -> list[str]:
+def named(index: Path) -> list[str]:
     """The files an index names, all beside it."""
     parts = _weight_map(index).values()
     for name in parts:
@@ -101,10 +110,37 @@ def _plain(places: dict[str, tuple[Any, str]], where: str) -> dict[str, tuple[An
     if not named:
         return places
     warnings.warn(f"{where}: keys name the adapter {adapters[0]!r:.80}, read without it", stacklevel=2)
-    plain: dict[str, tuple[Any, str]] = {}
+    return _renamed(places, lambda key: NAMED.sub("", key), where)
+
+
+def _layers(places: dict[str, tuple[Any, str]], where: str) -> dict[str, tuple[Any, str]]:
+    """Keys of attention processors as those of their layers, as diffusers maps them."""
+    old = [key for key in places if PROCESSOR.search(key)]
+    if not old:
+        return places
+    warnings.warn(
+        f"{where}: {old[0]}{and_more(old)}: attention-processor keys of an old diffusers, read as {_layer(old[0])}",
+        stacklevel=2,
+    )
+    return _renamed(places, _layer, where)
+
+
+def _layer(key: str) -> str:
+    found = PROCESSOR.search(key)
+    if not found:
+        return key
+    name = found[3] or f"to_{found[2]}"
+    if not found[1] and ".self_attn." in key:  # of a CLIP text encoder
+        name = f"{found[2]}_proj"
+    elif name == "to_out":
+        name = "to_out.0"
+    return f"{key[: found.start()]}.{name}{'' if key.endswith('.alpha') else '.lora'}{key[found.end() :]}"
+
+
+def _renamed(places: dict[str, tuple[Any, str]], new: Callable[[str], str], where: str) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
     for key, place in places.items():
-        new = NAMED.sub("", key)
-        if new in plain:
-            raise AdapterError(f"{where}: {key:.200} and {plain[new][1]:.200} name one module twice")
-        plain[new] = place
-    return plain
+        if new(key) in found:
+            raise AdapterError(f"{where}: {key:.200} and {found[new(key)][1]:.200} name one module twice")
+        found[new(key)] = place
+    return found

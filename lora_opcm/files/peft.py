@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,12 @@ class Scales:
             self.literals.append(literals if known else {})
             self.expressions.append([] if known else [(self._compile(p), v) for p, v in patterns.items()])
 
+    def rank(self, name: str) -> int:
+        """What the config says; AdapterError if that is no rank."""
+        if (found := self._look_up(0, name)) != int(found) or found < 1:
+            raise AdapterError(f"{self.where}: {name}: rank is {found:g}, expected an integer of at least 1")
+        return int(found)
+
     def __call__(self, name: str, rank: int | None) -> float:
         expected = self._look_up(0, name)
         if rank is None:  # the factors do not say
@@ -146,16 +152,26 @@ class Scales:
             raise AdapterError(f"{self.where}: {pattern!r:.80} is no regular expression: {error}") from error
 
 
-def config_for(sizes: Mapping[str, tuple[int, float]], config: Mapping, base_model: str | None) -> dict:
+def config_for(
+    sizes: Mapping[str, tuple[int, float]],
+    config: Mapping,
+    base_model: str | None,
+    parameters: Collection[str] = (),
+) -> dict:
     """A config under which peft gives every module its rank and scale; `sizes`: module -> (rank, scale).
+
+    Some names in `sizes` may be those of `parameters` (`target_parameters`).
 
     What the adapter's own config says is kept where it is right. Where it is not, r and lora_alpha take the
     commonest values and the patterns list the rest, each as `^full\\.name`: a bare name would match every
     module that ends in it. α is scale · r, without rsLoRA. Where the old targets no longer hold
     (`target_modules` is None), full names are listed.
     """
-    holds = _holds(config, sizes)
-    if holds and config.get("target_modules"):
+    holds, modules = _holds(config, sizes), sorted(sizes.keys() - set(parameters))
+    listed = bool(config.get("target_modules") or not modules) and bool(
+        config.get("target_parameters") or not parameters
+    )
+    if holds and listed:
         return dict(config)
     new: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": base_model, "task_type": None, "bias": "none",
@@ -167,10 +183,11 @@ def config_for(sizes: Mapping[str, tuple[int, float]], config: Mapping, base_mod
         new |= {"r": r, "lora_alpha": alpha, "use_rslora": False, "init_lora_weights": True}
         new["rank_pattern"] = {_anchored(n): rank for n, (rank, _) in sizes.items() if rank != r}
         new["alpha_pattern"] = {_anchored(n): a for n, a in alphas.items() if a != alpha}
-    if not new.get("target_modules"):
+    if not listed:
         # What narrowed the old targets could hide some of the new ones.
-        new |= {"target_modules": sorted(sizes), "exclude_modules": None}
+        new |= {"target_modules": modules, "exclude_modules": None}
         new |= {"layers_to_transform": None, "layers_pattern": None}
+        new |= {"target_parameters": sorted(parameters)} if parameters else {}
     return new
 
 

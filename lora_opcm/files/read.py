@@ -22,6 +22,7 @@ from . import peft
 from .adapter import DTYPES, Adapter, AdapterError
 from .diffusers import CONFIGS
 from .expanded import SUFFIXES as EXPANDED
+from .experts import Expert, split
 from .names import UNDERSCORED
 from .parts import INDEX, PART, Tensors, opened
 from .peft import CONFIG, WEIGHTS
@@ -169,6 +170,7 @@ class Layout:
     factors: dict[str, dict[str, str]]
     saved: dict[str, str]
     scales: Scales
+    experts: dict[str, Expert]
 
 
 def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
@@ -181,6 +183,7 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
     dialects, factors, rest = group(tensors.keys(), where)
     rest = _without_zeros(tensors, rest, where)
     saved: dict[str, str] = {}
+    experts: dict[str, Expert] = {}
     if dialects == {""} and config is None:
         dialects = {"kohya" if all(map(UNDERSCORED.match, factors)) else "diffusers"}
     dialects -= {""}
@@ -191,7 +194,12 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
         names = {k: peft.carried(k, config.get("modules_to_save") or [], factors) for k in rest}
         refuse([k for k, name in names.items() if name is None], where)
         saved = {name: key for key, name in names.items() if name is not None}
-        scales: Scales = peft.Scales(config, config_path)
+        bare = [key for parts in factors.values() for key in parts.values()]
+        if bare and not any(key.startswith(peft.PREFIX) for key in bare):
+            warnings.warn(f"{where}: {bare[0]}{and_more(bare)}: read as {peft.PREFIX}{bare[0]}", stacklevel=2)
+        said = peft.Scales(config, config_path)
+        factors, experts = split(factors, config, said, tensors.shape, where)
+        scales: Scales = said
         base = config.get("base_model_name_or_path")
     else:
         refuse(rest, where)
@@ -208,7 +216,8 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
         base = metadata.get("ss_base_model_version")
     if not factors:
         raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
-    return Layout(where, format, base if isinstance(base, str) else None, config, metadata, factors, saved, scales)
+    base = base if isinstance(base, str) else None
+    return Layout(where, format, base, config, metadata, factors, saved, scales, experts)
 
 
 def _without_zeros(tensors: Tensors, keys: list[str], where: str) -> list[str]:
@@ -227,5 +236,5 @@ def _read(tensors: Tensors, layout: Layout, only: Callable[[str], bool]) -> Adap
         raise AdapterError(
             f"{where}: {empty[0]}: a full tensor of shape {tuple(saved[empty[0]].shape)}, which holds nothing"
         )
-    modules, kinds, dtype = updates_of(tensors, layout.factors, layout.scales, only, where)
+    modules, kinds, dtype = updates_of(tensors, layout.factors, layout.scales, only, where, layout.experts)
     return Adapter(modules, layout.base, layout.format, kinds, layout.config, saved, layout.metadata, dtype, where)

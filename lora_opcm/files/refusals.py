@@ -15,7 +15,8 @@ REFUSED_KEYS = [
     (r"\.vera_lambda_", "VeRA scales"),
     (r"\.lora_velora", "VeLoRA buffers"),
     (r"\.diff(_b)?$", "full weight differences"),
-    (r"_lora\.(down|up)\.weight$", "attention-processor keys of an old diffusers (convert them there first)"),
+    (r"_custom_diffusion\.", "attention-processor weights in full (Custom Diffusion)"),
+    (r"_lora[12]\.(down|up)\.weight$", "attention-processor keys of XLabs (convert them with diffusers first)"),
     (r"token_adapter|trainable_tokens", "trainable_token_indices"),
     (r"^bundle_emb\.|^emb_params$|string_to_param", "textual-inversion embeddings"),
     (r"prompt_embeddings$", "prompt tuning"),
@@ -31,7 +32,6 @@ REFUSED_OPTIONS = {
     "alora_invocation_tokens": "aLoRA, active on some tokens only",
     "trainable_token_indices": "trained token embeddings",
     "layer_replication": "a base model with repeated layers",
-    "target_parameters": "LoRA on bare parameters (mixture of experts)",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
     "monteclora_config": "sampled updates",
@@ -76,11 +76,12 @@ def check_config(config: Mapping, where: str) -> None:
             " model named; expected an adapter that left the base as it was (save this one again with"
             " path_initial_model_for_weight_conversion)"
         )
-    saved = config.get("modules_to_save")
-    if saved is not None and not (isinstance(saved, list) and all(isinstance(m, str) for m in saved)):
-        raise AdapterError(f"{where}: modules_to_save is {saved!r:.80}, expected a list of names")
-    if saved is not None and len(saved) > 256:
-        raise AdapterError(f"{where}: modules_to_save lists {len(saved)} names, expected at most 256")
+    for option, most in (("modules_to_save", 256), ("target_parameters", 65536)):
+        names = config.get(option)
+        if names is not None and not (isinstance(names, list) and all(isinstance(m, str) for m in names)):
+            raise AdapterError(f"{where}: {option} is {names!r:.80}, expected a list of names")
+        if names is not None and len(names) > most:
+            raise AdapterError(f"{where}: {option} lists {len(names)} names, expected at most {most}")
 
 
 def and_more(found: list) -> str:

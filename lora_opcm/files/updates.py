@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..lowrank import LowRank
 from ..numerics import finite
 from .adapter import DTYPES, FACTOR_DTYPES, AdapterError, Kind, widest
 from .expanded import MAX_TOTAL, expanded, kind_of
+from .experts import Expert
 from .format import Stored
 from .parts import Tensors
 from .refusals import and_more
@@ -23,15 +25,20 @@ Scales = Callable[[str, Any], float] | None
 
 
 def updates_of(
-    tensors: Tensors, factors: Mapping[str, dict[str, str]], scales: Scales, only: Callable[[str], bool], where: str
+    tensors: Tensors,
+    factors: Mapping[str, dict[str, str]],
+    scales: Scales,
+    only: Callable[[str], bool],
+    where: str,
+    experts: Mapping[str, Expert],
 ) -> tuple[dict[str, LowRank], dict[str, Kind], torch.dtype]:
     """The updates and the kinds of the modules that `only` holds true of, and the dtype of all in the file.
 
-    `factors` are those of `read.group`, `scales` those of a `Format`. Warns of what is read otherwise than it
-    stands there.
+    `factors` are those of `read.group`, `scales` those of a `Format`, `experts` those of `experts.split`. Warns of what
+    is read otherwise than it stands there.
     """
     products = {n: kind for n, parts in factors.items() if (kind := kind_of(set(parts) - NO_FACTOR, f"{where}: {n}"))}
-    keys = [key for parts in factors.values() for role, key in parts.items() if role not in NO_FACTOR]
+    keys = list(dict.fromkeys(k for parts in factors.values() for role, k in parts.items() if role not in NO_FACTOR))
     if eight := [key for key in keys if tensors.dtype(key) in FP8]:
         warnings.warn(f"{where}: {eight[0]}{and_more(eight)}: 8-bit floats, read as float16", stacklevel=2)
     names = {"F16" if (said := tensors.dtype(key)) in FP8 else said for key in keys}
@@ -40,6 +47,11 @@ def updates_of(
     modules: dict[str, LowRank] = {}
     kinds: dict[str, Kind] = {}
     numbers = 0
+
+    @lru_cache(maxsize=1)  # the experts of a wrapper come one after the other
+    def whole(wrapper: str, expert: str) -> Stored:
+        return _stored(tensors, wrapper, factors[expert], lambda *_: experts[expert].scale, where)
+
     for name in filter(only, factors):
         parts = factors[name]
         if name in products:
@@ -47,10 +59,14 @@ def updates_of(
             numbers += sum(modules[name].shape) * modules[name].rank
             if numbers > MAX_TOTAL:
                 raise AdapterError(f"{where}: {name}: more than {MAX_TOTAL} numbers in all once they are expanded")
+        elif name in experts:
+            modules[name], kernel = experts[name].of(whole(experts[name].wrapper, f"{experts[name].wrapper}.0")), ()
         else:
             modules[name] = update = _stored(tensors, name, parts, scales, where)
             kernel = tuple(update.down.shape[2:])
-        if "embedding" in parts:
+        if name in experts:
+            kinds[name] = experts[name].kind
+        elif "embedding" in parts:
             kinds[name] = Kind("embedding")
         elif kernel:
             kinds[name] = Kind("conv", kernel)

@@ -11,6 +11,7 @@ import torch
 from . import kohya, peft
 from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError
 from .disk import replacing, scratch, write_bytes, write_safetensors
+from .experts import stacked
 from .format import folded, size_of
 from .peft import CONFIG, WEIGHTS
 from .refusals import and_more
@@ -64,9 +65,11 @@ def save_adapter(
         raise AdapterError(f"{path}: a {format} adapter is one file, expected a name ending in .safetensors")
     if path.is_dir() or (path.exists() and not overwrite):
         raise AdapterError(f"{path}: exists already, and overwriting is not asked for (overwrite=True)")
-    odd = [n for n, kind in adapter.kinds.items() if kind.name == "embedding"] + list(adapter.saved)
+    odd = [n for n, kind in adapter.kinds.items() if kind.name in ("embedding", "expert")] + list(adapter.saved)
     if odd:
-        raise AdapterError(f"{adapter.source}: {odd[0]} is an embedding or a full tensor, which {format} cannot hold")
+        raise AdapterError(
+            f"{adapter.source}: {odd[0]} is an embedding, an expert or a full tensor, which {format} cannot hold"
+        )
     if format not in (adapter.format, "kohya"):
         adapter = folded(adapter)
     tensors, metadata = formats()[format].contents(adapter, names, dtype)
@@ -118,8 +121,9 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
     found = [name for name in (CONFIG, WEIGHTS, "adapter_model.bin") if (folder / name).exists()]
     if found and not overwrite:
         raise AdapterError(f"{folder}: {found[0]} exists already, and overwriting is not asked for (overwrite=True)")
-    sizes = {name: size_of(update) for name, update in adapter.modules.items()}
-    config = peft.config_for(sizes, adapter.config, adapter.base_model)
+    whole, parameters = stacked(adapter)
+    sizes = {n: size_of(u) for n, u in whole.items() if n in adapter} | parameters
+    config = peft.config_for(sizes, adapter.config, adapter.base_model, parameters)
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A new folder appears by one rename. In one that is there, each file does, the config last; between the
@@ -129,7 +133,7 @@ def _save_folder(adapter: Adapter, folder: Path, overwrite: bool, dtype: torch.d
     target.mkdir(exist_ok=not fresh)
     files = {WEIGHTS: scratch(target / WEIGHTS), CONFIG: scratch(target / CONFIG)}
     try:
-        write_safetensors(files[WEIGHTS], *peft.contents(adapter, names_in("peft", adapter), dtype), str(folder))
+        write_safetensors(files[WEIGHTS], *peft.contents(whole, names_in("peft", whole), dtype), str(folder))
         write_bytes(files[CONFIG], [text])
         for name, temporary in files.items():
             os.replace(temporary, target / name)

@@ -192,6 +192,8 @@ def merge_part(
         items: list[Item] = [(name, None, None) for name in shapes]
         found |= dict(zip(shapes, parallel_map(one, items, progress), strict=True))
     else:
+        if torch.device(device).type != "mps":  # torch loads a device's linear algebra once, and not in two threads
+            torch.linalg.inv(torch.eye(1, device=device))
         batches = list(_batches(adapters, shapes))
         for names in progress(batches, total=len(batches)) if progress else batches:
             parts = [_updates(adapters, name, weights) for name in names]

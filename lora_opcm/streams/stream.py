@@ -1,6 +1,7 @@
 """A merge that takes in one adapter at a time and keeps no adapter: what all streams share."""
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,13 +13,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..files import Adapter, combine, level, matched, scaled
+from ..files import Adapter, AdapterError, combine, level, matched, scaled
 from ..files.adapter import widest
 from ..files.bundle import FLOATS, DamagedError, damaged, load_bundle, save_bundle
+from ..files.full import config_of, full_tensors
 from ..files.joint import lasting
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
-from ..values import AUTO, expect_options, factor
+from ..values import AUTO, Full, expect, expect_options, factor
 
 S = TypeVar("S")  # what a stream keeps of one module
 
@@ -135,22 +137,33 @@ class Stream(ABC, Generic[S]):
         progress: Progress | None = None,
         disjoint: bool = False,
         any_base: bool = False,
+        full: str | None = None,
     ) -> Self:
         """Take in one adapter. A module it lacks counts as zero.
 
-        Known spellings of one layer are one, under the name it came with first. `progress`, `disjoint` and
-        `any_base` are those of `merge`.
+        Known spellings of one layer are one, under the name it came with first. `progress`, `disjoint`, `any_base` and
+        `full` are those of `merge`; for a mean a state would have to keep what it does not.
 
         Raises
         ------
         AdapterError
             As `matched` and `combine`, if it does not go with what was added before: the state is then as it was.
         """
+        expect(Full, full=full)
+        if full == "mean":
+            raise AdapterError(
+                f"{adapter.source}: a state keeps one full tensor of a name, and a mean needs all that came: full is"
+                " 'first' or 'drop' here, and a merge of all adapters at once (lora-opcm merge --full mean) takes means"
+            )
         dtype, count = str(adapter.dtype).removeprefix("torch."), len(self.state.members)
-        like, member = adapter, Member(name or f"adapter {count + 1}", adapter.norm(), adapter.id, {}, dtype)
-        if self.like is not None:
+        member = Member(name or f"adapter {count + 1}", adapter.norm(), adapter.id, {}, dtype)
+        if self.like is None:
+            like = replace(
+                adapter, saved=full_tensors([adapter], full), config=config_of(adapter.config, [adapter], full)
+            )
+        else:
             _, adapter = pair = matched([self.like, adapter], disjoint)
-            like = combine(pair, self.like.modules, any_base)
+            like = combine(pair, self.like.modules, any_base, full)
         kept = self.state.modules
 
         def grown(item: tuple[str, LowRank]) -> tuple[S, dict[str, float]]:
@@ -171,7 +184,7 @@ class Stream(ABC, Generic[S]):
         """Take out an adapter: the state is then as if it had never come, to rounding.
 
         A module of which nothing is left is dropped, and the dtype is the widest of what is left. What the first
-        adapter said of its base model and configuration holds.
+        adapter said of its base model and configuration holds, and full tensors stay; a warning says so of them.
 
         Raises
         ------
@@ -196,6 +209,12 @@ class Stream(ABC, Generic[S]):
         new = {k: s for k, s in (kept | dict(zip(held, left, strict=True))).items() if s is not None}
         self.state = State(new, [m for m in self.state.members if m is not found])
         if self.like is not None:
+            if adapter.saved and self.like.saved:
+                warnings.warn(
+                    f"{adapter.source}: its full tensors ({min(adapter.saved)}, …) are no part of the sum; those of the"
+                    " state stay",
+                    stacklevel=2,
+                )
             left = [FLOATS.get(m.dtype, self.like.dtype) for m in self.state.members]
             self.like = replace(self._shaped(self.like, self.state), dtype=widest(left))
         return self

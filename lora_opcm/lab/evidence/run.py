@@ -44,6 +44,7 @@ def merge_trial(trial: Trial, folder: str) -> Merged:
         merged = _merged(adapters, trial, options)
         about["seconds"].append(round(time.perf_counter() - start, 3))
         about["rank"].append(max(u.rank for u in merged.modules.values()))
+        about["dropped"].append(round(max(merged.dropped.values(), default=0.0), 6))  # by the last cut of a stream
         found.append({name: (u.left.numpy(), u.right.numpy()) for name, u in merged.modules.items()})
     return found, mean, about
 
