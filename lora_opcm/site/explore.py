@@ -1,0 +1,196 @@
+"""What stands beside the figures of the book that a reader takes hold of: `python -m lora_opcm.site.explore` writes it.
+
+Where a page shows NAME.svg and scripts run, `book/_static/explore.js` loads NAME.js and the numbers in NAME.data.js,
+a script too, for a browser reads no JSON from a disk. NAME.svg is what NAME.js draws first, and needs chromium.
+"""
+
+import base64
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lora_opcm as lo
+
+from ..geometry import principal_angles, random_frame
+from ..lab.evidence import tables
+from ..lab.evidence.tables import Evidence, Row
+from .figures import METHOD, TASK, colour
+
+FOLDER = Path("book", "_static", "explore")
+STEPS = {-2: "½", -1: "1/√2", 0: "1", 1: "√2", 2: "2", 3: "2√2", 4: "4"}  # lengths, in mean norms of the adapters
+PAIRS = {  # of adapters that ship, on the dial
+    "ng-sci and tweets": ("ng-sci", "tweets"),
+    "the same two, trained from one random start": ("same-start-ng-sci", "same-start-tweets"),
+    "reuters-r8 and reuters-rare": ("reuters-r8", "reuters-rare"),
+}
+KINDS = {
+    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+    "attention out": "attention.output.dense", "feed-forward up": "intermediate.dense", "feed-forward down": "output.dense",
+}  # fmt: skip
+KS = (1, 2, 4, 8, 16)
+LAYERS = 6
+
+
+def modules() -> list[str]:
+    """The modules of the board, row by row: a kind, then its layers."""
+    return [f"encoder.layer.{layer}.{kind}" for kind in KINDS.values() for layer in range(LAYERS)]
+
+
+def dial() -> dict:
+    """For every pair and module UᵀU′, VᵀV′ (r × r) and both spectra over their norms, as 16-bit fractions of one.
+
+    A page has φ, the angles of the k leading directions and the cosine of the updates of these alone. `chance` holds
+    the median angles in degrees between random subspaces, which have no simple formula.
+    """
+    pairs = []
+    for label, names in PAIRS.items():
+        a, b = (lo.load_adapter(lo.adapter_path(name)) for name in names)
+        numbers = []
+        for name in modules():
+            (u, s, v), (w, t, x) = (side.modules[name].svd() for side in (a, b))
+            numbers += [u.mT @ w, v @ x.mT, s / s.norm(), t / t.norm()]
+        flat = torch.cat([n.flatten().double() for n in numbers]).numpy()
+        packed = np.round(flat * 32767).astype("<i2")
+        pairs.append({"label": label, "names": names, "numbers": base64.b64encode(packed.tobytes()).decode()})
+    sizes = [list(a.modules[name].shape) for name in modules()]
+    return {
+        "pairs": pairs, "kinds": list(KINDS), "layers": LAYERS, "rank": 16, "sizes": sizes, "ks": KS,
+        "chance": {f"{n},{k}": chance(n, k) for n in sorted({n for size in sizes for n in size}) for k in KS},
+    }  # fmt: skip
+
+
+def chance(n: int, k: int, draws: int = 300) -> list[float]:
+    """The median of every principal angle between random subspaces of k directions of Rⁿ, in degrees."""
+    generator = torch.Generator().manual_seed(0)
+    fixed = torch.eye(n, dtype=torch.float64)[:, :k]
+    drawn = random_frame(n, k, batch=(draws,), generator=generator, dtype=torch.float64)
+    angles = torch.stack([principal_angles(fixed, frame) for frame in drawn])
+    return [round(x, 1) for x in angles.rad2deg().median(0).values.tolist()]
+
+
+def bench() -> dict:
+    """Accuracies in per cent with 95 % intervals, of every method at every scale that all its seeds were tested at."""
+    run = tables.published()
+    about = {"zero-shot", "own adapter"}
+    tasks = list(TASK)
+    together = {key: row for key, row in run.bake_off.items() if key[0] not in about}
+    bounds = run.bake_off["own adapter", None]
+    sets = [{"tasks": tasks, "seeds": len(run.seeds), **_ends(bounds), "rows": _rows(run, together)}]
+    for pair in combinations(tasks, 2):
+        found = {key: run.row(each) for key, each in run.select("pairs", tasks=pair).items()}
+        if found:
+            sets.append({"tasks": pair, "seeds": 1, **_ends(next(iter(found.values()))), "rows": _rows(run, found)})
+    whole = {label: row for (label, rank), row in run.bake_off.items() if rank is None}
+    colours = {name: colour(name) for name in [*TASK, *METHOD]}
+    return {"steps": STEPS, "colours": colours, "opens": tables.favourite(whole), "sets": sets}
+
+
+def _ends(row: Row) -> dict:
+    return {"base": _percent(row.zero[:, 0].mean(0)), "own": _percent(row.own[:, 0].mean(0))}
+
+
+def _rows(run: Evidence, rows: Mapping[tuple, Row]) -> list[dict]:
+    found = []
+    for (label, rank), row in rows.items():
+        natural = row.outcomes[0].trial.natural
+        each = {"chosen": _entry(row)}
+        for step in () if natural else STEPS:
+            # The option stays what validation texts chose.
+            if at := tables.at_step(run, row.outcomes, step):
+                each[str(step)] = _entry(at)
+        length = float(np.median(row.ratios))
+        found.append({"label": label, "rank": rank, "natural": natural, "length": round(length, 2), "at": each})
+    return found
+
+
+def _entry(row: Row) -> dict:
+    """The gain kept and the accuracies, each with its interval."""
+    share = tables.seed_weights(len(row.outcomes)).T[..., None]
+    draws = (row.accuracy * share).sum(0)  # (1 + resamples, tasks)
+    low, high = np.quantile(draws[1:], [0.025, 0.975], axis=0)
+    ends = [row.value, *tables.interval(row.draws)]
+    return {"gain": [round(x, 2) for x in ends], "accuracy": [_percent(x) for x in (draws[0], low, high)]}
+
+
+def _percent(values: Iterable[float]) -> list[float]:
+    return [round(100 * float(x), 2) for x in values]
+
+
+MADE = {"dial": dial, "bench": bench}
+
+
+def write(folder: Path = FOLDER) -> None:
+    for name, make in MADE.items():
+        text = json.dumps(make(), ensure_ascii=False, separators=(",", ":"))
+        folder.joinpath(f"{name}.data.js").write_text(f"explore.data.{name} = {text};\n", "utf8")
+
+
+def read(name: str, folder: Path = FOLDER) -> dict:
+    """What `write` wrote."""
+    return json.loads(folder.joinpath(f"{name}.data.js").read_text("utf8").split(" = ", 1)[1].rstrip(";\n"))
+
+
+STILL = """box => {
+    const KEPT = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap", "opacity",
+        "text-anchor", "font-weight", "font-size", "x", "y", "cx", "cy", "r", "width", "height", "transform", "translate"];
+    const plain = getComputedStyle(document.createElementNS("http://www.w3.org/2000/svg", "g"));
+    let left = 0, high = 0;
+    const parts = [...box.querySelectorAll("svg")].map(drawing => {
+        const copy = drawing.cloneNode(true);
+        const twins = [...copy.querySelectorAll("*")];
+        [...drawing.querySelectorAll("*")].forEach((e, i) => {
+            const style = getComputedStyle(e);
+            const shape = e.matches("path, rect, circle, text");
+            const said = KEPT.filter(key => (shape || ["transform", "translate", "opacity"].includes(key)) && style[key] &&
+                !["none", "auto", "normal", "0px", "400"].includes(style[key]) || shape && key === "fill")
+                .filter(key => !(["x", "y", "cx", "cy", "r", "width", "height"].includes(key) && !e.style[key]))
+                .map(key => `${key}:${style[key]}`);
+            if (style.transform !== "none") said.push(`transform-origin:${style.transformOrigin}`);
+            twins[i].setAttribute("style", said.join(";"));
+            twins[i].dataset.gone = style.display === "none" || e.matches(".lo-grip");
+        });
+        twins.forEach(e => {
+            if (e.dataset.gone === "true") e.remove();
+            for (const { name } of [...e.attributes])
+                if (/^(class|data-|aria-|role|tabindex)/.test(name)) e.removeAttribute(name);
+        });
+        const { width, height } = drawing.viewBox.baseVal;
+        const part = `<svg x="${left}" width="${width}" height="${height}" overflow="visible">${copy.innerHTML}</svg>`;
+        left += width + 20; high = Math.max(high, height);
+        return part;
+    });
+    const [wide, tall] = [left + 4, high + 16];
+    return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 ${wide} ${tall}" width="${wide}" height="${tall}" ` +
+        `font-family="system-ui, sans-serif"><rect x="-12" y="-8" width="${wide}" height="${tall}" fill="#fff"/>${parts.join("")}</svg>\n`;
+}"""  # the drawings of a figure in one file, each mark with the style that the page gives it
+
+
+def pictures(folder: Path = FOLDER) -> None:
+    """NAME.svg, drawn from NAME.js and NAME.data.js."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        raise SystemExit("no chromium found: install Debian's package chromium")
+    with sync_playwright() as p, tempfile.TemporaryDirectory() as there:
+        browser = p.chromium.launch(executable_path=path, chromium_sandbox=False)
+        script = (folder.parent / "explore.js").resolve().as_uri()
+        for name in MADE:
+            page = browser.new_page(viewport={"width": 760, "height": 900}, reduced_motion="reduce")
+            html = f'<!doctype html><meta charset="utf8"><p><img src="nowhere/{name}.svg"></p><script src="{script}"></script>'
+            Path(there, "page.html").write_text(html)
+            page.goto(Path(there, "page.html").as_uri())
+            page.wait_for_selector(".lo-explore[data-ready]")
+            page.wait_for_timeout(300)
+            folder.joinpath(f"{name}.svg").write_text(page.locator(".lo-explore").evaluate(STILL), "utf8")
+
+
+if __name__ == "__main__":
+    write()
+    pictures()
