@@ -31,7 +31,8 @@ PAIRS = {  # of adapters that ship, on the dial
 }
 KINDS = {
     "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-    "attention out": "attention.output.dense", "feed-forward up": "intermediate.dense", "feed-forward down": "output.dense",
+    "attention out": "attention.output.dense", "feed-forward up": "intermediate.dense",
+    "feed-forward down": "output.dense",
 }  # fmt: skip
 KS = (1, 2, 4, 8, 16)
 LAYERS = 6
@@ -46,7 +47,7 @@ def dial() -> dict:
     """For every pair and module UᵀU′, VᵀV′ (r × r) and both spectra over their norms, as 16-bit fractions of one.
 
     A page has φ, the angles of the k leading directions and the cosine of the updates of these alone. `chance` holds
-    the median angles in degrees between random subspaces, which have no simple formula.
+    the angles between random subspaces, which have no simple formula.
     """
     pairs = []
     for label, names in PAIRS.items():
@@ -66,12 +67,13 @@ def dial() -> dict:
 
 
 def chance(n: int, k: int, draws: int = 300) -> list[float]:
-    """The median of every principal angle between random subspaces of k directions of Rⁿ, in degrees."""
+    """Where the needles of random subspaces of k directions of Rⁿ stand, in degrees: by their mean squared cosines."""
     generator = torch.Generator().manual_seed(0)
     fixed = torch.eye(n, dtype=torch.float64)[:, :k]
     drawn = random_frame(n, k, batch=(draws,), generator=generator, dtype=torch.float64)
     angles = torch.stack([principal_angles(fixed, frame) for frame in drawn])
-    return [round(x, 1) for x in angles.rad2deg().median(0).values.tolist()]
+    usual = angles.cos().square().mean(0).sqrt().acos()
+    return [round(x, 2) for x in usual.rad2deg().tolist()]
 
 
 def bench() -> dict:
@@ -136,41 +138,6 @@ def read(name: str, folder: Path = FOLDER) -> dict:
     return json.loads(folder.joinpath(f"{name}.data.js").read_text("utf8").split(" = ", 1)[1].rstrip(";\n"))
 
 
-STILL = """box => {
-    const KEPT = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap", "opacity",
-        "text-anchor", "font-weight", "font-size", "x", "y", "cx", "cy", "r", "width", "height", "transform", "translate"];
-    const plain = getComputedStyle(document.createElementNS("http://www.w3.org/2000/svg", "g"));
-    let left = 0, high = 0;
-    const parts = [...box.querySelectorAll("svg")].map(drawing => {
-        const copy = drawing.cloneNode(true);
-        const twins = [...copy.querySelectorAll("*")];
-        [...drawing.querySelectorAll("*")].forEach((e, i) => {
-            const style = getComputedStyle(e);
-            const shape = e.matches("path, rect, circle, text");
-            const said = KEPT.filter(key => (shape || ["transform", "translate", "opacity"].includes(key)) && style[key] &&
-                !["none", "auto", "normal", "0px", "400"].includes(style[key]) || shape && key === "fill")
-                .filter(key => !(["x", "y", "cx", "cy", "r", "width", "height"].includes(key) && !e.style[key]))
-                .map(key => `${key}:${style[key]}`);
-            if (style.transform !== "none") said.push(`transform-origin:${style.transformOrigin}`);
-            twins[i].setAttribute("style", said.join(";"));
-            twins[i].dataset.gone = style.display === "none" || e.matches(".lo-grip");
-        });
-        twins.forEach(e => {
-            if (e.dataset.gone === "true") e.remove();
-            for (const { name } of [...e.attributes])
-                if (/^(class|data-|aria-|role|tabindex)/.test(name)) e.removeAttribute(name);
-        });
-        const { width, height } = drawing.viewBox.baseVal;
-        const part = `<svg x="${left}" width="${width}" height="${height}" overflow="visible">${copy.innerHTML}</svg>`;
-        left += width + 20; high = Math.max(high, height);
-        return part;
-    });
-    const [wide, tall] = [left + 4, high + 16];
-    return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 ${wide} ${tall}" width="${wide}" height="${tall}" ` +
-        `font-family="system-ui, sans-serif"><rect x="-12" y="-8" width="${wide}" height="${tall}" fill="#fff"/>${parts.join("")}</svg>\n`;
-}"""  # the drawings of a figure in one file, each mark with the style that the page gives it
-
-
 def pictures(folder: Path = FOLDER) -> None:
     """NAME.svg, drawn from NAME.js and NAME.data.js."""
     from playwright.sync_api import sync_playwright
@@ -183,12 +150,13 @@ def pictures(folder: Path = FOLDER) -> None:
         script = (folder.parent / "explore.js").resolve().as_uri()
         for name in MADE:
             page = browser.new_page(viewport={"width": 760, "height": 900}, reduced_motion="reduce")
-            html = f'<!doctype html><meta charset="utf8"><p><img src="nowhere/{name}.svg"></p><script src="{script}"></script>'
-            Path(there, "page.html").write_text(html)
+            image = f'<meta charset="utf8"><p><img src="./{name}.svg"></p>'
+            Path(there, "page.html").write_text(f'<!doctype html>{image}<script src="{script}"></script>', "utf8")
             page.goto(Path(there, "page.html").as_uri())
-            page.wait_for_selector(".lo-explore[data-ready]")
-            page.wait_for_timeout(300)
-            folder.joinpath(f"{name}.svg").write_text(page.locator(".lo-explore").evaluate(STILL), "utf8")
+            box = page.wait_for_selector(".lo-explore[data-ready]")
+            page.wait_for_timeout(300)  # until its size is known, and it is drawn
+            page.add_script_tag(path=folder / "still.js")
+            folder.joinpath(f"{name}.svg").write_text(box.evaluate("box => explore.still(box)"), "utf8")
 
 
 if __name__ == "__main__":

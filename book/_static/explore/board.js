@@ -17,11 +17,11 @@
     ],
     ok: [
       "O(k)",
-      "The k leading vectors of lora2 are mixed among themselves. They span what they spanned: at this k nothing moves, at fewer directions it does.",
+      "The k leading vectors of lora2 are mixed among themselves. They span what they spanned, so no angle at this k moves; at fewer directions, and in the update, it shows.",
     ],
     gl: [
       "GL(r)",
-      "B becomes BG, and A becomes G⁻¹A. The update, and every angle of it, stays; only who reads subspaces off the factors sees a change.",
+      "B becomes BG, and A becomes G⁻¹A. The update stays, and with it every angle; but fewer than r columns of B, or rows of A, are no longer the ones they were.",
     ],
     on: [
       "O(n)",
@@ -54,7 +54,7 @@
     let next = C,
       factor = identity;
     if (group === "signs") {
-      const signs = identity.map((_, j) => (j % 2 === seed % 2 ? -1 : 1));
+      const signs = identity.map(() => (draw() < 0 ? -1 : 1));
       next = C.map((row) => row.map((v, j) => v * signs[j]));
     } else if (group === "ok") {
       const Q = orthonormal(gaussian(k, k, draw));
@@ -154,7 +154,7 @@
       cells.forEach((cell, m) => {
         const times = all[m] / (k / sizes[m][side]);
         cell.textContent = times < 9.95 ? times.toFixed(1) : times.toFixed(0);
-        cell.style.setProperty("--tint", Math.min(1, Math.max(0, Math.log2(times) / 4)).toFixed(3));
+        cell.style.setProperty("--tint", Math.min(1, Math.max(0, Math.log2(times) / 5)).toFixed(3));
         cell.setAttribute("aria-pressed", m === at);
         cell.setAttribute(
           "aria-label",

@@ -63,6 +63,7 @@
       event.preventDefault();
     });
     g.addEventListener("pointermove", move);
+    g.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false }); // touch-action is not for shapes
     const moves = {
       ArrowRight: 1,
       ArrowUp: 1,
