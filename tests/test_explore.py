@@ -264,6 +264,14 @@ def test_bench_shows_what_was_measured_and_offers_nothing_else(opened):
         said = f"{row.value:.0f} % [{low:.0f}, {high:.0f}] of what eight adapters gain is kept"
         assert said in page.locator(".lo-say").text_content()
         assert page.get_by_role("radio", name="16", exact=True).count() == ((label, 16) in rows)
+    text = page.locator(".lo-say").text_content()  # OPCM after the mean
+    low, high = tables.interval(whole["OPCM"].draws - whole["mean"].draws)
+    assert f"Difference in points +{whole['OPCM'].value - whole['mean'].value:.1f} [+{low:.1f}, +{high:.1f}]." in text
+    page.get_by_role("combobox", name="method").select_option("DOP")
+    page.get_by_role("combobox", name="method").select_option("OPCM")
+    low, high = tables.interval(whole["OPCM"].draws - whole["DOP"].draws)
+    text = page.locator(".lo-say").text_content()
+    assert low < 0 < high and f"[−{-low:.1f}, +{high:.1f}], so the two are not told apart." in text
     _press(page, "16")
     _press(page, "√2")
     found, row = _numbers(page, ".lo-explore"), tables.at_step(run, rows["OPCM", 16].outcomes, 1)

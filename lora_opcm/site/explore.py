@@ -83,11 +83,11 @@ def bench() -> dict:
     tasks = list(TASK)
     together = {key: row for key, row in run.bake_off.items() if key[0] not in about}
     bounds = run.bake_off["own adapter", None]
-    sets = [{"tasks": tasks, "seeds": len(run.seeds), **_ends(bounds), "rows": _rows(run, together)}]
+    sets = [{"tasks": tasks, "seeds": len(run.seeds), **_ends(bounds), **_rows(run, together)}]
     for pair in combinations(tasks, 2):
         found = {key: run.row(each) for key, each in run.select("pairs", tasks=pair).items()}
         if found:
-            sets.append({"tasks": pair, "seeds": 1, **_ends(next(iter(found.values()))), "rows": _rows(run, found)})
+            sets.append({"tasks": pair, "seeds": 1, **_ends(next(iter(found.values()))), **_rows(run, found)})
     whole = {label: row for (label, rank), row in run.bake_off.items() if rank is None}
     colours = {name: colour(name) for name in [*TASK, *METHOD]}
     return {"steps": STEPS, "colours": colours, "opens": tables.favourite(whole), "sets": sets}
@@ -97,7 +97,8 @@ def _ends(row: Row) -> dict:
     return {"base": _percent(row.zero[:, 0].mean(0)), "own": _percent(row.own[:, 0].mean(0))}
 
 
-def _rows(run: Evidence, rows: Mapping[tuple, Row]) -> list[dict]:
+def _rows(run: Evidence, rows: Mapping[tuple, Row]) -> dict:
+    """The rows, and for every two of them in order the interval of how much more the first keeps, both as chosen."""
     found = []
     for (label, rank), row in rows.items():
         natural = row.outcomes[0].trial.natural
@@ -108,7 +109,8 @@ def _rows(run: Evidence, rows: Mapping[tuple, Row]) -> list[dict]:
                 each[str(step)] = _entry(at)
         length = float(np.median(row.ratios))
         found.append({"label": label, "rank": rank, "natural": natural, "length": round(length, 2), "at": each})
-    return found
+    more = [tables.interval(one.draws - other.draws) for one, other in combinations(rows.values(), 2)]
+    return {"rows": found, "more": [[round(x, 1) for x in ends] for ends in more]}
 
 
 def _entry(row: Row) -> dict:

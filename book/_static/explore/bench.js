@@ -166,6 +166,18 @@
       (at === "chosen" ? "" : `, length ${steps[at]}`) +
       (row.natural ? ", its own length" : "");
 
+    // Compared text by text, which says more than two intervals beside each other.
+    function difference(row, old) {
+      const { rows, more } = sets[state.set];
+      if (row === old || state.at !== "chosen" || before.at !== "chosen") return "";
+      const [i, j] = [row, old].map((r) => rows.indexOf(r)).sort((a, b) => a - b);
+      const [low, high] = more[(i * (2 * rows.length - i - 1)) / 2 + j - i - 1]; // of the earlier row over the later
+      const [from, to] = rows[i] === row ? [low, high] : [-high, -low];
+      const told = from > 0 || to < 0 ? "" : ", so the two are not told apart";
+      const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(1);
+      return ` Difference in points ${signed(row.at.chosen.gain[0] - old.at.chosen.gain[0])} [${signed(from)}, ${signed(to)}]${told}.`;
+    }
+
     function draw() {
       const { tasks, base, own, seeds, rows } = sets[state.set];
       const row = find(state),
@@ -250,7 +262,7 @@
           : "";
       const text =
         `By ${called(state, row)}${length}, ${interval(entry.gain)} of what ${tasks.length === 2 ? "the two" : "eight"} adapters gain is kept` +
-        (same ? "." : `; before, by ${called(before, old)}, ${interval(was.gain)}.`);
+        (same ? "." : `; before, by ${called(before, old)}, ${interval(was.gain)}.${difference(row, old)}`);
       say.textContent = `${text} Lines and brackets: 95 % intervals over texts${seeds > 1 ? ` and ${seeds} training seeds` : ", of one training seed"}; small strokes: the other methods.`;
       drawing.setAttribute(
         "aria-label",
