@@ -255,7 +255,10 @@ def test_bench_shows_what_was_measured_and_offers_nothing_else(opened):
     assert _numbers(page, ".lo-explore")["label"] == tables.favourite(whole)
     offered = page.get_by_role("combobox", name="method").locator("option").evaluate_all("all => all.map(o => o.value)")
     assert set(offered) == set(whole) - {"zero-shot", "own adapter"}
-    for label in ("TSV", "mean", "OPCM"):
+    signed = lambda x: ("+" if x >= 0 else "−") + f"{abs(x):.1f}"  # noqa: E731
+    before = whole["task arithmetic"]
+    page.get_by_role("combobox", name="method").select_option("task arithmetic")
+    for label in ("TSV", "mean", "OPCM", "DOP", "OPCM"):
         page.get_by_role("combobox", name="method").select_option(label)
         found, row = _numbers(page, ".lo-explore"), whole[label]
         low, high = tables.interval(row.draws)
@@ -263,15 +266,12 @@ def test_bench_shows_what_was_measured_and_offers_nothing_else(opened):
         assert found["accuracy"][0] == pytest.approx((100 * row.accuracy[:, 0].mean(0)).tolist(), abs=0.01)
         said = f"{row.value:.0f} % [{low:.0f}, {high:.0f}] of what eight adapters gain is kept"
         assert said in page.locator(".lo-say").text_content()
+        low, high = tables.interval(row.draws - before.draws)
+        words = f"Difference in points {signed(row.value - before.value)} [{signed(low)}, {signed(high)}]"
+        words += ", so the two are not told apart." if low <= 0 <= high else "."
+        assert words in page.locator(".lo-say").text_content()
+        before = row
         assert page.get_by_role("radio", name="16", exact=True).count() == ((label, 16) in rows)
-    text = page.locator(".lo-say").text_content()  # OPCM after the mean
-    low, high = tables.interval(whole["OPCM"].draws - whole["mean"].draws)
-    assert f"Difference in points +{whole['OPCM'].value - whole['mean'].value:.1f} [+{low:.1f}, +{high:.1f}]." in text
-    page.get_by_role("combobox", name="method").select_option("DOP")
-    page.get_by_role("combobox", name="method").select_option("OPCM")
-    low, high = tables.interval(whole["OPCM"].draws - whole["DOP"].draws)
-    text = page.locator(".lo-say").text_content()
-    assert low < 0 < high and f"[−{-low:.1f}, +{high:.1f}], so the two are not told apart." in text
     _press(page, "16")
     _press(page, "√2")
     found, row = _numbers(page, ".lo-explore"), tables.at_step(run, rows["OPCM", 16].outcomes, 1)
