@@ -143,10 +143,14 @@
     const moved = html("table", { class: "lo-moved" });
     const why = html("p", { class: "lo-say" });
 
+    let drawn = {};
     function draw() {
       const { side, k, at, group } = state;
       const modules = (unpacked[state.pair] ??= unpack(pairs[state.pair], r, sizes.length));
-      const turn = (m) => turned(group, modules[m], { side, k, n: sizes[m][side], seed: 1000 * state.press + m });
+      const key = [state.pair, side, group, state.press, group === "ok" && k].join();
+      if (key !== drawn.key) drawn = { key, list: [] }; // random spaces of 1536 dimensions take a moment
+      const turn = (m) =>
+        (drawn.list[m] ??= turned(group, modules[m], { side, k, n: sizes[m][side], seed: 1000 * state.press + m }));
       const all = modules.map((each, m) => (m === at ? null : squares(block(turn(m).cross[side], k)) / k));
       const before = read(turned("none", modules[at], { side, k }), modules[at], side, k);
       const now = read(turn(at), modules[at], side, k);
