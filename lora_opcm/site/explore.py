@@ -26,7 +26,7 @@ FOLDER = Path("book", "_static", "explore")
 STEPS = {-2: "½", -1: "1/√2", 0: "1", 1: "√2", 2: "2", 3: "2√2", 4: "4"}  # lengths, in mean norms of the adapters
 PAIRS = {  # of adapters that ship, on the dial
     "ng-sci and tweets": ("ng-sci", "tweets"),
-    "the same two, trained from one random start": ("same-start-ng-sci", "same-start-tweets"),
+    "ng-sci and tweets, one random start": ("same-start-ng-sci", "same-start-tweets"),
     "reuters-r8 and reuters-rare": ("reuters-r8", "reuters-rare"),
 }
 KINDS = {

@@ -64,6 +64,8 @@
         const other = tasks[1 - i] === task ? tasks[i] : tasks[1 - i];
         go({ set: 1 + pairs.findIndex((pair) => pair.includes(task) && pair.includes(other)) });
       };
+      const every = everyTask.map((task) => [task, task]);
+      const chooser = (word, i) => select(word, every, tasks[i], pick(i));
       const two = state.set > 0;
       const many = [
         { key: 0, label: "all eight" },
@@ -72,22 +74,7 @@
       const start = 1 + pairs.findIndex((pair) => pair.includes("ng-sci") && pair.includes("tweets"));
       const parts = [
         choice("adapters", many, two ? 1 : 0, (key) => go({ set: key && start })),
-        ...(two
-          ? [
-              html(
-                "div",
-                { class: "lo-picks" },
-                ...[0, 1].map((i) =>
-                  select(
-                    i ? "and" : "merge",
-                    everyTask.map((task) => [task, task]),
-                    tasks[i],
-                    pick(i),
-                  ),
-                ),
-              ),
-            ]
-          : []),
+        ...(two ? [html("div", { class: "lo-picks" }, ...["merge", "and"].map(chooser))] : []),
         select("method", options, state.label, (label) => go({ label })),
         ...(ranks.length > 1 ? [choice("rank", ranks, state.rank, (rank) => go({ rank }))] : []),
         choice(
@@ -106,7 +93,7 @@
 
     // Marks are made once, and only move.
     const mark = (tag, look) => drawing.appendChild(svg(tag, { class: look }));
-    const line = (words) =>
+    const line = () =>
       Object.fromEntries(
         ["track", "base", "own", "bar", "range"]
           .map((name) => [name, mark("rect", `lo-${name}`)])
@@ -120,8 +107,8 @@
       );
     const field = svg("g");
     drawing.append(field);
-    const head = line(),
-      lines = everyTask.map(line);
+    const head = line();
+    const lines = everyTask.map(line);
     const notes = svg("g");
     drawing.append(notes);
     const set = (e, values) => {

@@ -158,7 +158,7 @@
       cells.forEach((cell, m) => {
         const times = all[m] / (k / sizes[m][side]);
         cell.textContent = times < 9.95 ? times.toFixed(1) : times.toFixed(0);
-        cell.style.setProperty("--tint", Math.min(1, Math.max(0, Math.log2(times) / 5)).toFixed(3));
+        cell.style.setProperty("--tint", Math.min(1, Math.max(0, Math.log2(times) / 4)).toFixed(3));
         cell.setAttribute("aria-pressed", m === at);
         cell.setAttribute(
           "aria-label",

@@ -90,8 +90,11 @@
     };
   }
 
-  const path = (points, closed = true) =>
-    "M" + points.map((p) => p.map((x) => x.toFixed(2)).join(" ")).join("L") + (closed ? "Z" : "");
+  const outline = (points) => "M" + points.map((p) => p.map((x) => x.toFixed(2)).join(" ")).join("L");
+  const line = (points, look) => svg("path", { d: outline(points), class: look });
+  const shape = (points, look) => svg("path", { d: outline(points) + "Z", class: look });
+  const text = ([x, y], words, look, anchor = "middle") =>
+    svg("text", { x, y, class: look, "text-anchor": anchor }, words);
 
   // Numbers with their names, in a row.
   function numbers(names) {
@@ -104,5 +107,5 @@
     };
   }
 
-  explore.kit = { html, svg, choice, handle, path, numbers };
+  explore.kit = { html, svg, choice, handle, line, shape, text, numbers };
 })();

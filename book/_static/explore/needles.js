@@ -2,67 +2,34 @@
 // the squared cosine of every needle, over their count.
 (() => {
   "use strict";
-  const { svg, path } = explore.kit;
-  const X = 34,
-    Y = 322,
-    R = 300,
-    TOP = 346,
-    HIGH = 16;
+  const { svg, line, text } = explore.kit;
+  const [X, Y, R] = [34, 322, 300]; // the hinge, and the length of a needle
+  const [TOP, HIGH] = [346, 16]; // of the bar
   const DEGREE = 180 / Math.PI;
   const at = (degrees, radius = R) => [
     X + radius * Math.cos(degrees / DEGREE),
     Y - radius * Math.sin(degrees / DEGREE),
   ];
-  const text = ([x, y], words, look, anchor = "middle") =>
-    svg("text", { x, y, class: look, "text-anchor": anchor }, words);
+  const moved = ([x, y], across, down) => [x + across, y + down];
 
   function needles() {
-    const scale = svg("g"),
-      marks = svg("g"),
-      hands = svg("g"),
-      sums = svg("g", { class: "lo-sums" }),
-      names = svg("g");
+    const [scale, marks, hands, sums, names] = Array.from({ length: 5 }, () => svg("g"));
     const drawing = svg("svg", { viewBox: "0 0 400 404", role: "img" }, scale, marks, hands, sums, names);
-    scale.append(
-      svg("path", {
-        d: path(
-          Array.from({ length: 91 }, (_, a) => at(a)),
-          false,
-        ),
-        class: "lo-rule",
-      }),
-    );
-    for (let a = 15; a < 90; a += 15)
-      scale.append(svg("path", { d: path([at(a, R - 5), at(a, R)], false), class: "lo-rule" }));
+    const arc = Array.from({ length: 91 }, (_, a) => at(a));
+    scale.append(line(arc, "lo-rule"));
+    for (let a = 15; a < 90; a += 15) scale.append(line([at(a, R - 5), at(a)], "lo-rule"));
     scale.append(svg("rect", { x: X, y: TOP, width: R, height: HIGH, class: "lo-trough" }));
-    scale.append(
-      text([X - 8, TOP + 13], "φ", "lo-strong", "end"),
-      svg("path", { d: path([at(0, 0), at(0)], false), class: "lo-one lo-thick" }),
-    );
+    scale.append(text([X - 8, TOP + 13], "φ", "lo-strong", "end"), line([at(0, 0), at(0)], "lo-one lo-thick"));
 
     const pool = [];
     const needle = (i) =>
       (pool[i] ??= (() => {
-        const turning = (look, radius) =>
-          svg("path", {
-            d: path(
-              [
-                [X, Y],
-                [X + radius, Y],
-              ],
-              false,
-            ),
-            class: look,
-          });
+        const lying = (radius, look) => line([at(0, 0), at(0, radius)], look);
+        const [cx, cy] = at(0, R * 0.97);
         const found = {
-          ghost: turning("lo-ghost", R * 0.97),
-          three: turning("lo-three lo-dash", R * 0.6),
-          two: svg(
-            "g",
-            { class: "lo-two" },
-            turning("lo-thick", R * 0.97),
-            svg("circle", { cx: X + R * 0.97, cy: Y, r: 4.5 }),
-          ),
+          ghost: lying(R * 0.97, "lo-ghost"),
+          three: lying(R * 0.6, "lo-three lo-dash"),
+          two: svg("g", { class: "lo-two" }, lying(R * 0.97, "lo-thick"), svg("circle", { cx, cy, r: 4.5 })),
           sum: svg("rect", { y: TOP, height: HIGH, class: "lo-part" }),
         };
         hands.append(found.ghost, found.three, found.two);
@@ -87,94 +54,66 @@
         Object.assign(each.sum.style, { x: `${X + sum}px`, width: `${Math.max(0, width - (few ? 1.5 : 0.5))}px` });
         sum += width;
       });
-      marks.replaceChildren(
-        ...usual.map((a) => svg("path", { d: path([at(a, R * 0.9), at(a, R)], false), class: "lo-chance" })),
-      );
+      marks.replaceChildren(...usual.map((a) => line([at(a, R * 0.9), at(a)], "lo-chance")));
       if (few)
-        angles.forEach((a) => {
-          const [x, y] = at(a, R * 0.97);
-          if (a > 1)
-            marks.append(
-              svg("path", {
-                d: path(
-                  [
-                    [x, y],
-                    [x, Y],
-                  ],
-                  false,
-                ),
-                class: "lo-drop",
-              }),
-            );
-        });
-
-      const labels = [];
-      const shown = few ? angles.map((a, i) => ({ a, words: `θ${"₁₂"[i]} = ${Math.round(a)}°` })) : [];
-      if (shown.length === 2 && Math.abs(shown[0].a - shown[1].a) < 5)
-        shown.splice(0, 2, { a: angles[1], words: `θ₁, θ₂ = ${Math.round(angles[1])}°` });
-      for (const { a, words } of shown) {
-        const [x, y] = at(a, R + 8);
-        labels.push(
-          text([a < 12 ? Math.min(x, 392) : x, a < 12 ? y - 8 : y + 2], words, "lo-strong", a < 12 ? "end" : "start"),
-        );
-      }
-      labels.push(text([X + R + 8, Y + 5], "lora1", "lo-strong lo-one-word", "start"));
-      const [x3, y3] = at(Math.max(...angles) / 2, R * 0.6 + 6);
-      labels.push(text([x3, y3 + 4], Math.max(...angles) > 12 ? "lora3" : "", "lo-strong lo-three-word", "start"));
-      if (!few)
-        labels.push(
-          text(
-            at(Math.min(...angles), R + 8).map((v) => v + 2),
-            "lora2",
-            "lo-strong lo-two-word",
-            "start",
-          ),
-        );
-      for (const a of [30, 60, 90])
-        if (![...shown.map((each) => each.a), few ? -90 : Math.min(...angles)].some((b) => Math.abs(b - a) < 9))
-          labels.push(
-            text(
-              at(a, R + 18).map((v, i) => v + 4 * i),
-              `${a}°`,
-              "lo-small",
+        marks.append(
+          ...angles
+            .map((a) => at(a, R * 0.97))
+            .map(([x, y]) =>
+              line(
+                [
+                  [x, y],
+                  [x, Y],
+                ],
+                "lo-drop",
+              ),
             ),
-          );
-      const phi = sum / R,
-        edge = X + R * chance;
-      const right = chance < 0.72;
-      labels.push(
-        svg("path", {
-          d: path(
-            [
-              [edge, TOP - 5],
-              [edge, TOP + HIGH + 6],
-            ],
-            false,
-          ),
-          class: "lo-mark",
-        }),
-        text(
-          [edge + (right ? 5 : -5), TOP + HIGH + 18],
-          `chance ${chance.toFixed(3)}`,
-          "lo-small",
-          right ? "start" : "end",
-        ),
-        text([X + R + 8, TOP + 13], phi.toFixed(3), "lo-strong", "start"),
+        );
+
+      const most = Math.max(...angles);
+      const least = Math.min(...angles);
+      const shown = few ? angles.map((a, i) => [a, `θ${"₁₂"[i]} = ${Math.round(a)}°`]) : [[least, "lora2"]];
+      if (shown.length === 2 && most - least < 5) shown.splice(0, 2, [most, `θ₁, θ₂ = ${Math.round(most)}°`]);
+      const labels = shown.map(([a, words]) => {
+        const flat = few && a < 12; // beside the end of the arc there is no room
+        const look = few ? "lo-strong" : "lo-strong lo-two-word";
+        return text(moved(at(a, R + 8), flat ? 16 : 0, flat ? -8 : 2), words, look, flat ? "end" : "start");
+      });
+      labels.push(text(moved(at(0), 8, 5), "lora1", "lo-strong lo-one-word", "start"));
+      if (most > 12)
+        labels.push(text(moved(at(most / 2, R * 0.6 + 6), 0, 4), "lora3", "lo-strong lo-three-word", "start"));
+      for (const a of [30, 60, 90])
+        if (!shown.some(([other]) => Math.abs(other - a) < 9))
+          labels.push(text(moved(at(a, R + 18), 0, 4), `${a}°`, "lo-small"));
+
+      const phi = sum / R;
+      const edge = X + R * chance;
+      const room = chance < 0.72;
+      const mark = line(
+        [
+          [edge, TOP - 5],
+          [edge, TOP + HIGH + 6],
+        ],
+        "lo-mark",
       );
-      names.replaceChildren(...labels);
+      const by = text(
+        [edge + (room ? 5 : -5), TOP + HIGH + 18],
+        `chance ${chance.toFixed(3)}`,
+        "lo-small",
+        room ? "start" : "end",
+      );
+      names.replaceChildren(...labels, mark, by, text([X + R + 8, TOP + 13], phi.toFixed(3), "lo-strong", "start"));
       const spoken = angles.map((a) => `${Math.round(a)}°`).join(", ");
-      drawing.setAttribute(
-        "aria-label",
-        `${angles.length === 1 ? "One needle" : `${angles.length} needles`}: ${spoken}; φ ${phi.toFixed(3)}, by chance ${chance.toFixed(3)}`,
-      );
+      const label = `Needles at ${spoken}; φ ${phi.toFixed(3)}, by chance ${chance.toFixed(3)}`;
+      drawing.setAttribute("aria-label", label);
     }
     return { drawing, draw, tip: (degrees) => at(degrees, R * 0.97) };
   }
 
   // What the package computes of the same angles: lora3, the mean of two subspaces, halves them.
   function measures(angles) {
-    const k = angles.length,
-      mean = (f) => angles.reduce((sum, a) => sum + f(a / DEGREE), 0) / k;
+    const k = angles.length;
+    const mean = (f) => angles.reduce((sum, a) => sum + f(a / DEGREE), 0) / k;
     return {
       phi: mean((a) => Math.cos(a) ** 2),
       chordal: Math.sqrt(k * mean((a) => Math.sin(a) ** 2)),

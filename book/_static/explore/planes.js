@@ -3,18 +3,18 @@
 // the drawing of a fourth direction can only be a projection.
 (() => {
   "use strict";
-  const { html, svg, handle, path, numbers } = explore.kit;
+  const { html, svg, handle, line, shape, text, numbers } = explore.kit;
   const { needles, measures, told, NAMES, DEGREE } = explore;
-  const AT = [200, 212],
-    SIZE = 150;
+  const [AT, SIZE] = [[200, 212], 150]; // the middle of the floor, and its radius
   const AXES = [
     [0.44, 0.42],
     [0.93, -0.16],
     [0, -1],
     [-0.75, 0.6],
-  ]; // of four directions, on the page
+  ]; // four directions, on the page
   const place = (v) => [0, 1].map((i) => AT[i] + SIZE * v.reduce((sum, x, j) => sum + x * AXES[j][i], 0));
   const mix = (a, u, b, v) => u.map((x, i) => a * x + b * v[i]);
+  const times = (a, u) => u.map((x) => a * x);
   const E = [0, 1, 2, 3].map((i) => [0, 1, 2, 3].map((j) => +(i === j)));
   // The rim of a disc, or the half of it on the side of ±v.
   const ring = (u, v, from = 0, to = 360) =>
@@ -26,9 +26,7 @@
 
   function planes(box) {
     const state = { n: 3, angles: [0, 60] };
-    const back = svg("g"),
-      front = svg("g"),
-      words = svg("g");
+    const [back, front, words] = [0, 1, 2].map(() => svg("g"));
     const scene = svg("svg", { viewBox: "0 0 400 390", role: "group", "aria-label": "two planes" }, back, front, words);
     const dial = needles();
     const values = numbers(NAMES);
@@ -51,47 +49,50 @@
 
     function draw() {
       const { n, angles } = state;
-      const v = angles.map((angle, i) => tip(i, angle)),
-        half = angles.map((angle, i) => tip(i, angle / 2));
-      const foot = angles.map((angle, i) => mix(Math.cos(angle / DEGREE), E[i], 0, E[i]));
-      const chance = 2 / n,
-        fair = Math.sqrt(chance);
-      const line = (points, look) => svg("path", { d: path(points.map(place), false), class: look });
-      const disc = (u, w, look, ...half) => svg("path", { d: path(ring(u, w, ...half), !half.length), class: look });
+      const v = angles.map((angle, i) => tip(i, angle));
+      const mean = angles.map((angle, i) => tip(i, angle / 2));
+      const foot = angles.map((angle, i) => times(Math.cos(angle / DEGREE), E[i]));
+      const chance = 2 / n;
+      const fair = [0, 1].map((i) => times(Math.sqrt(chance), E[i]));
+      const disc = ([u, w], look) => shape(ring(u, w), look);
+      const half = ([u, w], look, from) => line(ring(u, w, from, from + 180), look);
+      const stroke = (ends, look) => line(ends.map(place), look);
       const arc = (i) =>
-        svg("path", {
-          d: path(
-            Array.from({ length: 46 }, (_, j) => place(tip(i, 2 * j))),
-            false,
-          ),
-          class: "lo-rule",
-        });
+        line(
+          Array.from({ length: 46 }, (_, j) => place(tip(i, 2 * j))),
+          "lo-rule",
+        );
       back.replaceChildren(
         ...(n === 4 ? [arc(0)] : []),
         arc(1),
-        disc(...half, "lo-three lo-plane lo-dash", 180, 360),
-        disc(...v, "lo-two lo-plane", 180, 360), // what is under the floor
-        disc(E[0], E[1], "lo-one lo-plane"),
-        disc(...foot, "lo-shadow"),
-        disc(mix(fair, E[0], 0, E[0]), mix(fair, E[1], 0, E[1]), "lo-fair"),
+        half(mean, "lo-three lo-plane lo-dash", 180), // what is under the floor
+        half(v, "lo-two lo-plane", 180),
+        disc(E, "lo-one lo-plane"),
+        disc(foot, "lo-shadow"),
+        disc(fair, "lo-fair"),
       );
       front.replaceChildren(
-        disc(...half, "lo-three lo-plane lo-dash", 0, 180),
-        disc(...v, "lo-two lo-plane", 0, 180),
-        line([v[1], foot[1]], "lo-drop"),
-        ...(n === 4 ? [line([v[0], foot[0]], "lo-drop")] : [line([E[0].map((x) => -x), E[0]], "lo-shared")]),
+        half(mean, "lo-three lo-plane lo-dash", 0),
+        half(v, "lo-two lo-plane", 0),
+        stroke([v[1], foot[1]], "lo-drop"),
+        n === 4 ? stroke([v[0], foot[0]], "lo-drop") : stroke([times(-1, E[0]), E[0]], "lo-shared"),
       );
-      const label = (point, dx, dy, text, look, anchor = "start") =>
-        svg("text", { x: point[0] + dx, y: point[1] + dy, class: look, "text-anchor": anchor }, text);
+      const label = (at, across, down, words, look, anchor = "start") =>
+        text(
+          place(at).map((x, i) => x + [across, down][i]),
+          words,
+          look,
+          anchor,
+        );
       words.replaceChildren(
-        label(place(v[1]), 17, 5, "lora2", "lo-strong lo-two-word"),
-        label(place(mix(-0.32, E[0], -0.95, E[1])), -6, -6, "lora1", "lo-strong lo-one-word", "end"),
-        label(place(half[1]), 9, 5, angles[1] > 24 ? "lora3" : "", "lo-strong lo-three-word"),
-        label(place(mix(0.1, E[0], -0.6, foot[1])), 0, 4, angles[1] < 75 ? "shadow" : "", "lo-small", "middle"),
-        label(place(mix(0.75 * fair, E[0], 0.66 * fair, E[1])), 6, 5, "chance", "lo-small"),
+        label(v[1], 17, 5, "lora2", "lo-strong lo-two-word"),
+        label(mix(-0.32, E[0], -0.95, E[1]), -6, -6, "lora1", "lo-strong lo-one-word", "end"),
+        label(mean[1], 9, 5, angles[1] > 24 ? "lora3" : "", "lo-strong lo-three-word"),
+        label(mix(0.1, E[0], -0.6, foot[1]), 0, 4, angles[1] < 75 ? "shadow" : "", "lo-small", "middle"),
+        label(mix(0.75, fair[0], 0.66, fair[1]), 6, 5, "chance", "lo-small"),
         n === 3
-          ? label(place(E[0]), 4, 20, "shared line, θ₁ = 0°", "lo-small")
-          : label(place(v[0]), 0, 28, "into a fourth direction", "lo-small", "middle"),
+          ? label(E[0], 4, 20, "shared line, θ₁ = 0°", "lo-small")
+          : label(v[0], 0, 28, "into a fourth direction", "lo-small", "middle"),
       );
       grips[0].forEach(({ g }) => (g.style.display = n === 4 ? "" : "none"));
       grips.forEach((both, i) => both.forEach((grip) => grip.set(angles[i])));
