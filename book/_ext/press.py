@@ -26,7 +26,7 @@ SCALE = 0.72  # of a page as the screen shows it
 PRINT = """
 .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer,
 .bd-footer, .bd-footer-content,
-button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
+button.copybtn, button.toggle-button, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
 .lo-figure .updatemenu-container, .lo-figure .slider-container, details.hide.above-input { display: none !important }
 .bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important;
   padding: 0 !important; margin: 0 !important }
@@ -37,6 +37,7 @@ button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modeba
 div.cell_output .output.text_html, .pst-scrollable-table-container { overflow: visible !important }
 .bd-article table { font-size: 0.82em; max-width: 100% }
 .bd-article th, .bd-article td { white-space: normal !important }
+.bd-article td code { white-space: normal; overflow-wrap: anywhere }
 #jb-print-docs-body h1 { font-size: 2.2rem !important; text-align: left !important; margin: 0 0 1rem }
 details.toggle-details, details { display: block }
 """
