@@ -26,7 +26,8 @@ SCALE = 0.72  # of a page as the screen shows it
 PRINT = """
 .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer,
 .bd-footer, .bd-footer-content,
-button.copybtn, button.toggle-button, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
+button.copybtn, button.toggle-button, .headerlink,
+.pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
 .lo-figure .updatemenu-container, .lo-figure .slider-container, details.hide.above-input { display: none !important }
 .bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important;
   padding: 0 !important; margin: 0 !important }
