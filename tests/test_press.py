@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from conftest import SITE, site_pages
@@ -36,7 +37,8 @@ CAPTION = re.compile(r"Figure ((?:\d+\.)?\d+)\. ")
 
 
 def words(text):
-    return set(re.findall(r"[^\W\d_]{3,}", re.sub("<[^>]*>", " ", text)))
+    """Of three letters or more; ligatures are letters."""
+    return set(re.findall(r"[^\W\d_]{3,}", normalize("NFKC", re.sub("<[^>]*>", " ", text))))
 
 
 def texts(figure):
