@@ -113,7 +113,7 @@ def test_types_are_complete_outside_the_lab():
     assert (ROOT / "lora_opcm" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("target", ["book", "test", "quick", "adapters", "publish", "clean"])
+@pytest.mark.parametrize("target", ["book", "test", "quick", "adapters", "publish", "pdf", "cards", "release", "clean"])
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

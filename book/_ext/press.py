@@ -38,7 +38,6 @@ button.copybtn, button.toggle-button, .headerlink,
 div.cell_output .output.text_html, .pst-scrollable-table-container { overflow: visible !important }
 .bd-article table { font-size: 0.82em; max-width: 100% }
 .bd-article th, .bd-article td { white-space: normal !important }
-.bd-article td code { white-space: normal; overflow-wrap: anywhere }
 #jb-print-docs-body h1 { font-size: 2.2rem !important; text-align: left !important; margin: 0 0 1rem }
 details.toggle-details, details { display: block }
 """
