@@ -86,11 +86,18 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
+# The site serves the wheel that its notebooks install on Colab.
+_build/wheels/.built: $(shell find lora_opcm -name '*.py') data/adapters/manifest.json $(wildcard data/results/*) pyproject.toml | $(BIN)/.ready
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	@touch $@
+
 # Experiments are executed out of tree, so `git status` stays clean; the site is built from that copy.
-_build/site/index.html: $(PAGES) $(EXECUTED) | $(BIN)/.ready
+_build/site/index.html: $(PAGES) $(EXECUTED) _build/wheels/.built | $(BIN)/.ready
 	@echo "Building the site"
 	@rm -rf _build/source && mkdir -p _build/source
 	@cp -r book _config.yml _toc.yml _build/source/ && cp $(EXECUTED) _build/source/book/experiments/
+	@mkdir _build/source/book/_static/wheels && cp _build/wheels/*.whl _build/source/book/_static/wheels/
 	@$(BIN)/python book/_ext/status.py _build/quick/executed _build/source/book
 	@$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going --quiet --path-output _build/jb _build/source
 	@rm -rf _build/site && mv _build/jb/_build/html _build/site

@@ -208,7 +208,7 @@ def test_runs_are_recorded_once_and_told_by_date(status, tmp_path):
     assert list(rows.experiment) == ["cost", "order"] and list(rows.seconds) == [42, 42]
     assert list(rows.parameters) == ["counts = [2, 8]"] * 2 and rows.machine.str.contains("×").all()
     told = status.log(status.recorded(records))
-    assert told.index("## 2026-01-03") < told.index("## 2026-01-02") < told.index("## Before records were kept")
+    assert told.index("### 2026-01-03") < told.index("### 2026-01-02") < told.index("### Before records were kept")
     assert "profile `full`" in told and "42 s on" in told
 
 
@@ -219,4 +219,4 @@ def test_every_cell_says_where_it_ran_or_that_it_did_not(status, tmp_path):
     assert {name for name in table.index} == {status.link(path.stem) for path in NOTEBOOKS}
     assert table.full[status.link("cost")].startswith("2026-01-02 03:04 UTC, ")
     assert table.gpu[status.link("classic")] == "not run" and table.full[status.link("classic")] == "–"
-    assert table.full[status.link("alpha")] == "date not recorded, machine not recorded"
+    assert table.full[status.link("two_into_one")] == "date not recorded, machine not recorded"

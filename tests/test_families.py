@@ -26,11 +26,12 @@ from lora_opcm.lab.bases import causal, family, load
 from lora_opcm.lab.bases.tiny import tiny as make
 from lora_opcm.lab.evaluation import Evaluator
 from lora_opcm.lab.experiments import adapters
+from lora_opcm.lab.protocol import Protocol
 from lora_opcm.lab.tasks import Task, load_named, load_prompts, load_vision_task
 from lora_opcm.lab.tasks.hub import GLUE
 from lora_opcm.lab.tasks.prompts import PROMPTED
 from lora_opcm.lab.tasks.vision import VISION
-from lora_opcm.lab.training import Protocol, last_checkpoint, train_adapter
+from lora_opcm.lab.training import last_checkpoint, train_adapter
 
 ROOT = Path(__file__).parent.parent
 

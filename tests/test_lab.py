@@ -22,8 +22,9 @@ from lora_opcm.lab.attach import applied
 from lora_opcm.lab.bases.encoder import embed, head, load_base, pad, tokenise
 from lora_opcm.lab.evaluation import Evaluator, summarise
 from lora_opcm.lab.experiments.results import save_results
+from lora_opcm.lab.protocol import Protocol, save_adapter_half
 from lora_opcm.lab.tasks import joint_task, small_tasks
-from lora_opcm.lab.training import Protocol, save_adapter_half, train_adapter
+from lora_opcm.lab.training import train_adapter
 
 MANIFEST = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())
 

@@ -63,7 +63,7 @@ INSIDE = {
     "merging": "core method rules space merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges app",
-    "lab": "assets gguf embedded tasks bases attach training evaluation train experiments evidence generation",
+    "lab": "assets gguf embedded tasks bases attach protocol training evaluation train experiments evidence generation",
 }
 
 

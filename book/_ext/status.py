@@ -1,6 +1,6 @@
 """The pages on runs: when each experiment ran, how long, on what, and what never ran.
 
-    python book/_ext/status.py EXECUTED BOOK      fills status.md and log.md of a copy of the book, hides parameters
+    python book/_ext/status.py EXECUTED BOOK      fills log.md of a copy of the book, hides parameters
     python book/_ext/status.py record EXECUTED    appends the runs of `make publish` to data/runs.csv
 
 A run is what papermill wrote into the executed notebook, and the machine that reads it right after.
@@ -30,11 +30,11 @@ def machine() -> str:
 
 
 def executed(folder: Path) -> pd.DataFrame:
-    """One row an executed notebook."""
+    """One row an executed notebook; one that was executed once and is no page any more is left out."""
     from lora_opcm import __version__
 
     rows = []
-    for path in sorted(folder.glob("*.ipynb")):
+    for path in sorted(path for path in folder.glob("*.ipynb") if path.stem in _experiments()):
         run = nbformat.read(path, 4).metadata.papermill
         given = {k: v for k, v in run.parameters.items() if k not in ("profile", "results", "trained", "adapters")}
         rows.append(
@@ -110,7 +110,7 @@ def log(runs: pd.DataFrame) -> str:
     """One entry a run, the last day first."""
     lines = []
     for day, entries in sorted(runs.groupby(runs.started.str[:10]), reverse=True):
-        lines.append(f"\n## {day or 'Before records were kept'}\n")
+        lines.append(f"\n### {day or 'Before records were kept'}\n")
         for row in entries.itertuples():
             took = f", {row.seconds} s on {row.machine}" if row.machine else ""
             wrote = ROOT / "data" / "results" / f"{row.experiment}.csv"
@@ -136,7 +136,7 @@ def fill(page: Path, text: str) -> None:
 
 
 def hide_parameters(folder: Path) -> None:
-    """What papermill was told stands on the status page; on its own page it would come before the first picture."""
+    """What papermill was told stands on the page of the log; on its own page it would come before the first picture."""
     for path in folder.glob("*.ipynb"):
         notebook = nbformat.read(path, 4)
         for cell in notebook.cells:
@@ -152,9 +152,6 @@ if __name__ == "__main__":
         here, book = executed(Path(sys.argv[1])), Path(sys.argv[2])
         runs = pd.concat([here, recorded()], ignore_index=True)
         shown = here.assign(experiment=here.experiment.map(link), started=here.started.str.replace("T", " "))
-        fill(
-            book / "status.md",
-            f"{markdown(shown)}\n\n## Cell by cell\n\n{markdown(cells(runs))}\n",
-        )
-        fill(book / "log.md", log(runs))
+        where_run = f"### When this site was built\n\n{markdown(shown)}\n\n### On record\n\n{markdown(cells(runs))}\n"
+        fill(book / "log.md", where_run + log(runs))
         hide_parameters(book / "experiments")

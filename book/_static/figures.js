@@ -1,12 +1,13 @@
 // Draws each .lo-figure with plotly when it comes near the screen, in the page's colours.
 (() => {
   "use strict";
-  const script = document.currentScript.src.replace(/figures\.js.*/, "plotly.min.js");
+  const here = document.currentScript.src.replace(/figures\.js.*/, "");
   let loading;
   const plotly = () =>
     (loading ??= new Promise((done, fail) => {
       const tag = document.createElement("script");
-      tag.src = script;
+      const whole = document.querySelector('[data-script="plotly.min.js"]'); // one figure of the page needs all of it
+      tag.src = here + (whole ?? document.querySelector("[data-script]")).dataset.script;
       tag.onload = () => done(window.Plotly);
       tag.onerror = fail;
       document.head.append(tag);

@@ -19,19 +19,9 @@ from .assets import AssetError, cache_dir
 from .bases import family, slug
 from .bases.encoder import MINILM
 from .evaluation import Evaluator
+from .protocol import DEFAULTS, PROTOCOL, PUBLIC_NAME, Protocol, Record, record_of, save_adapter_half
 from .tasks import load_named, load_prompts, tasks
-from .training import (
-    DEFAULTS,
-    PROTOCOL,
-    PUBLIC_NAME,
-    Protocol,
-    Record,
-    last_checkpoint,
-    processes,
-    record_of,
-    save_adapter_half,
-    train_adapter,
-)
+from .training import last_checkpoint, processes, train_adapter
 
 
 def train(

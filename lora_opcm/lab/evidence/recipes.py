@@ -14,8 +14,9 @@ import torch
 
 from ...files import Adapter, adapter_path, load_adapter
 from ...files.disk import write_text
+from ..protocol import Protocol, record_of, save_adapter_half
 from ..tasks import joint_task, load_task, tasks
-from ..training import Protocol, record_of, save_adapter_half, train_adapter
+from ..training import train_adapter
 
 QUERY_VALUE = r"encoder\.layer\.\d+\.attention\.self\.(query|value)"
 UNEVEN = "uneven"  # every other adapter trained four times as long, so that norms differ
