@@ -8,9 +8,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from lora_opcm.lab.protocol import Record
 from lora_opcm.lab.tasks.texts import TASKS
 from lora_opcm.lab.train import read_manifest
-from lora_opcm.lab.training import Record
 
 DATA = Path(__file__).parents[1] / "data"
 NAMES = {
