@@ -13,7 +13,7 @@ PROFILE ?= quick
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures paper lint clean help
+.PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures paper cards release address lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -26,6 +26,7 @@ book: experiments  ## install, fetch the data, run the experiments, build the si
 
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser
 	@$(MAKE) --no-print-directory _build/site/index.html
+	@$(BIN)/python book/_ext/chromium.py || true  # without a browser its tests are skipped, and the run is not green
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full, gpu or rehearsal; DRY_RUN=1 lists it
@@ -48,17 +49,21 @@ mutants: $(BIN)/.ready  ## change the package in N=100 places drawn by SEED=0 (N
 
 adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or were trained otherwise
 	$(BIN)/python -m lora_opcm.lab.train data/adapters
+	@$(BIN)/python tools/cards.py
 
 bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
 	$(BIN)/python -m lora_opcm.lab.experiments.bench
 
-pdf: book  ## the book as one file, _build/book.pdf (needs chromium)
+pdf: book  ## the book as one file, _build/book.pdf
+	@$(BIN)/python book/_ext/chromium.py
 	$(BIN)/python book/_ext/press.py pdf
 
-figures: $(BIN)/.ready _build/paper/numbers.tex  ## from data/results: the picture of README and link previews, the paper's panels, tables and numbers
+figures: $(BIN)/.ready _build/paper/numbers.tex  ## from data/results: pictures of README and link previews, figures one takes hold of, the paper's panels
+	@$(BIN)/python book/_ext/chromium.py
 	$(BIN)/python book/_ext/press.py figures
+	$(BIN)/python -m lora_opcm.site.explore
 
-paper: $(BIN)/.ready  ## the paper, _build/paper/main.pdf (needs chromium, and of Debian's TeX latexmk and texlive-latex-recommended)
+paper: $(BIN)/.ready  ## the paper, _build/paper/main.pdf (needs of Debian's TeX latexmk and texlive-latex-recommended)
 	@latexmk -version >/dev/null 2>&1 && kpsewhich booktabs.sty >/dev/null || \
 	  { echo "no TeX found: install Debian's packages latexmk and texlive-latex-recommended"; exit 1; }
 	@$(MAKE) --no-print-directory _build/paper/numbers.tex
@@ -67,10 +72,21 @@ paper: $(BIN)/.ready  ## the paper, _build/paper/main.pdf (needs chromium, and o
 
 _build/paper/numbers.tex: book/paper/main.tex book/references.bib $(wildcard book/_ext/*.py data/results/*) | $(BIN)/.ready
 	@echo "Numbers, tables and panels of the paper"
+	@$(BIN)/python book/_ext/chromium.py
 	@$(BIN)/python book/_ext/press.py panels && touch $@
 
-lint: $(BIN)/.ready  ## ruff and mypy
+cards: $(BIN)/.ready  ## the model cards of the shipped adapters, from their manifest and results
+	$(BIN)/python tools/cards.py
+
+release: $(BIN)/.ready  ## wheel and sdist in dist/, built, installed from nothing and tried
+	$(BIN)/python tools/release.py
+
+address: $(BIN)/.ready  ## move the repository's address: make address URL=https://github.com/OWNER/NAME
+	$(BIN)/python tools/address.py $(URL)
+
+lint: $(BIN)/.ready  ## ruff, mypy, and zizmor for the workflows
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
 clean:  ## remove what was built; keeps .venv and the downloads
 	rm -rf _build

@@ -1,11 +1,11 @@
 import functools
 import http.server
 import os
-import shutil
 import threading
 from collections import Counter
 from pathlib import Path
 
+import chromium
 import pytest
 import torch
 
@@ -18,8 +18,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores are in each 
 
 SITE = Path(__file__).parent.parent / "_build" / "site"
 SITE_TALLY = pytest.StashKey()  # Counter of what the tests of the site looked at, in this process
-FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 def site_pages(*with_any):
@@ -50,14 +48,11 @@ def server():
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright  # here: the fast tests need no browser
-
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "no chromium found: install Debian's package chromium"
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
-        yield browser
-        browser.close()
+    try:
+        with chromium.launched() as browser:
+            yield browser
+    except FileNotFoundError:
+        pytest.skip(chromium.MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +73,19 @@ def pytest_testnodedown(node):
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["site"] = dict(session.config.stash[SITE_TALLY])
+    elif without_browser(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def without_browser(config) -> int:
+    """How many tests were skipped for want of a browser: such a run is not green."""
+    skipped = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    return sum(chromium.MISSING in str(report.longrepr) for report in skipped)
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if count := without_browser(config):
+        terminalreporter.write_line(f"{count} browser tests did not run: {chromium.MISSING}", red=True)
     if tally := config.stash[SITE_TALLY]:
         terminalreporter.write_line("site: " + ", ".join(f"{n} {what}" for what, n in sorted(tally.items())))
 

@@ -353,12 +353,14 @@ def test_a_state_keeps_what_it_was_made_with(folder):
     assert "no folder" in run(folder, "add", "nowhere/s.safetensors", "a", code=2).stderr
 
 
-@pytest.mark.parametrize("kind", ["opcm", pytest.param("whitened_sum", marks=pytest.mark.slow)])
-def test_damaged_states_are_refused_by_name(folder, kind):
+@pytest.mark.parametrize(
+    "kind, count", [("opcm", 80), *(pytest.param(k, 300, marks=pytest.mark.slow) for k in ("opcm", "whitened_sum"))]
+)
+def test_damaged_states_are_refused_by_name(folder, kind, count):
     run(folder, "add", "s.safetensors", "a", "b", "--method", kind)
     data, rng = (folder / "s.safetensors").read_bytes(), random.Random(0)
     damaged, refused = folder / "damaged.safetensors", 0
-    for i in range(300):
+    for i in range(count):
         damaged.write_bytes(rng.choice([flip, cut, header, state_header])(data, rng))
         out = f"out{i}"
         try:
@@ -369,7 +371,7 @@ def test_damaged_states_are_refused_by_name(folder, kind):
             assert "damaged.safetensors" in done.stderr and done.stderr.count("\n") == 1
             assert not [p for p in folder.iterdir() if p.name.startswith((out, ".out"))]
             refused += 1
-    assert refused > 100
+    assert refused > count / 3
 
 
 def state_header(data, rng):

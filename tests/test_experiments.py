@@ -54,6 +54,7 @@ def test_full_profile_lists_every_adapter_and_every_notebook(checkout):
     }
 
 
+@pytest.mark.slow
 def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
     for seed in (1, 2):
         for task in (
@@ -122,6 +123,7 @@ def test_rehearsal_is_the_gpu_profile_on_tiny_checkpoints(checkout):
     assert jobs(snakemake(checkout, "--config", "profile=rehearsal")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
 def test_clusters_plan_the_gpu_profile_through_accelerate(checkout, cluster, monkeypatch):
     pytest.importorskip(f"snakemake_executor_plugin_{cluster}")

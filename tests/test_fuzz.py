@@ -199,10 +199,11 @@ def unsynced(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, seed):
-    outcome = damage(tmp_path, 300, seed)
-    assert outcome["refused"] > 200 and outcome["merge read"] > 30 and sum(outcome.values()) == 600
+@pytest.mark.parametrize("count, seed", [(80, 2), *(pytest.param(300, s, marks=pytest.mark.slow) for s in (0, 1))])
+def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, count, seed):
+    outcome = damage(tmp_path, count, seed)
+    assert outcome["refused"] > 2 * count / 3 and outcome["merge read"] > count / 10
+    assert sum(outcome.values()) == 2 * count
 
 
 @pytest.mark.slow

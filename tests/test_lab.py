@@ -127,16 +127,18 @@ def evaluator():
     return Evaluator([load_task(name) for name in tasks()], limit=40)
 
 
-def test_shipped_adapters_load_in_peft_and_give_our_embeddings():
-    for name in tasks():
-        adapter = lo.load_adapter(lo.adapter_path(name))
-        model, tokenizer = load_base()
-        batch = pad(tokenise(load_task(name)["test"]["text"][:8], tokenizer), tokenizer.pad_token_id)
-        with torch.inference_mode(), applied(model, adapter):
-            ours = embed(model, **batch)
-        theirs = PeftModel.from_pretrained(model, lo.adapter_path(name)).eval()
-        with torch.inference_mode():
-            assert torch.allclose(ours, embed(theirs, **batch), atol=1e-4), name
+@pytest.mark.parametrize(
+    "name", ["ng-sci", *(pytest.param(n, marks=pytest.mark.slow) for n in tasks() if n != "ng-sci")]
+)
+def test_shipped_adapters_load_in_peft_and_give_our_embeddings(name):
+    adapter = lo.load_adapter(lo.adapter_path(name))
+    model, tokenizer = load_base()
+    batch = pad(tokenise(load_task(name)["test"]["text"][:8], tokenizer), tokenizer.pad_token_id)
+    with torch.inference_mode(), applied(model, adapter):
+        ours = embed(model, **batch)
+    theirs = PeftModel.from_pretrained(model, lo.adapter_path(name)).eval()
+    with torch.inference_mode():
+        assert torch.allclose(ours, embed(theirs, **batch), atol=1e-4)
 
 
 def test_weights_come_back_bit_for_bit():
@@ -304,6 +306,7 @@ def test_the_data_card_says_what_the_manifest_says():
         assert f"| `{name}` | {len(task.labels)} | {sizes} | {accuracies} |" in card, name
 
 
+@pytest.mark.slow
 def test_bfloat16_evaluation_agrees_on_almost_every_text_and_restores_the_weights():
     data, adapter = [load_task("ng-sci")], lo.load_adapter(lo.adapter_path("ng-sci"))
     exact, quick = (Evaluator(data, limit=100, fast=fast) for fast in (False, True))

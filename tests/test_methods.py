@@ -71,15 +71,19 @@ def test_what_the_table_says_of_a_method(method):
 
 
 OPTIONS = [
-    ("opcm", {"alpha": 0.9, "variant": "fusionbench"}), ("lora_opcm", {"alpha": 0.2}), ("iso_cts", {"common": 0.3}),
-    ("whitened_sum", {"power": 0.9}), ("whitened_sum", {"power": 1, "sides": "left"}),
-    ("whitened_sum", {"sides": "right"}), ("wudi", {"ridge": 0}), ("actmat", {"ridge": 0.1}), ("dop", {"alpha": 0.3}),
-    ("subspace_boosting", {"beta": 0.9}), ("svc", {"alpha": 0.3}),
-    ("tsv", {"directions": 2}), ("ctm", {"rule": "ties", "k": 3}),
+    ("opcm", {"alpha": 0.9, "variant": "fusionbench"}), ("whitened_sum", {"power": 1, "sides": "left"}),
+    ("wudi", {"ridge": 0}), ("ctm", {"rule": "ties", "k": 3}),
+]  # fmt: skip
+MORE_OPTIONS = [
+    ("lora_opcm", {"alpha": 0.2}), ("iso_cts", {"common": 0.3}), ("whitened_sum", {"power": 0.9}),
+    ("whitened_sum", {"sides": "right"}), ("actmat", {"ridge": 0.1}), ("dop", {"alpha": 0.3}),
+    ("subspace_boosting", {"beta": 0.9}), ("svc", {"alpha": 0.3}), ("tsv", {"directions": 2}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method, options", OPTIONS)
+@pytest.mark.parametrize(
+    "method, options", [*OPTIONS, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_OPTIONS)]
+)
 def test_what_the_table_says_holds_with_options(method, options):
     check_method(method, seed=1, **options)
 
@@ -490,7 +494,10 @@ def test_the_factor_of_a_merge_by_hand():
     assert Part(cut, {"v": [[16.0, 4.0]]}, "norm").factor == 0.5
 
 
-@pytest.mark.parametrize("count, times", [(1, 1), (2, 2**0.5), (4, 2), (8, 2)])
+MORE = [(1, 1), (4, 2), (8, 2)]  # 1, 2 and 4 are tried by `check_method`, too
+
+
+@pytest.mark.parametrize("count, times", [(2, 2**0.5), *(pytest.param(n, t, marks=pytest.mark.slow) for n, t in MORE)])
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_auto_is_the_root_of_their_number_and_at_most_two_mean_norms(method, count, times):
     """Of the finished adapter: as it comes, cut, with a module missing, in half precision, with a weight of zero."""

@@ -1,4 +1,3 @@
-import gc
 import weakref
 
 import by_hand
@@ -257,5 +256,4 @@ def test_a_merger_keeps_no_factor_of_an_adapter(kind, generator):
     merger = kind().add(first).add(adapter(SHAPES, 3, generator))
     assert [u.rank for u in merger.like.values()] == [0, 0]
     del first
-    gc.collect()
     assert [ref() for ref in held] == [None, None]

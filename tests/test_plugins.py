@@ -119,6 +119,7 @@ def python(tmp_path, generator):
     return run
 
 
+@pytest.mark.slow
 def test_a_method_of_their_own_appears_everywhere(python):
     python("""
 row = next(row for row in json.loads(run("methods", "--json")) if row["method"] == "portion")
@@ -146,6 +147,7 @@ assert abs(found["P"]["a"] - lo.merge("a", "b", method="cat", scale=0.5).norm())
 """)
 
 
+@pytest.mark.slow
 def test_a_stream_a_format_and_a_task_of_their_own(python, tmp_path):
     python("""
 run("add", "s.safetensors", "a", "--method", "plain_sum", "--scale", "0.5")

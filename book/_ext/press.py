@@ -6,7 +6,6 @@ The browser that tests the site prints it, so that a page looks on paper as it d
 import functools
 import http.server
 import io
-import shutil
 import threading
 from contextlib import contextmanager
 from html import escape
@@ -15,7 +14,7 @@ from urllib.parse import unquote
 
 import typer
 import yaml
-from playwright.sync_api import sync_playwright
+from chromium import launched
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, NameObject
 
@@ -23,13 +22,13 @@ from lora_opcm.lab.evidence.tables import headline
 from lora_opcm.site import figures
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking"]
 MARGIN = {"top": "20mm", "bottom": "20mm", "left": "18mm", "right": "18mm"}
 SCALE = 0.72  # of a page as the screen shows it
 PRINT = """
 .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, .prev-next-footer,
 .bd-footer, .bd-footer-content,
-button.copybtn, .headerlink, .pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
+button.copybtn, button.toggle-button, .headerlink,
+.pst-scroll-pixel-helper, #pst-back-to-top, .modebar, .sphinx-bs, #jb-print-toc,
 .lo-figure .updatemenu-container, .lo-figure .slider-container, details.hide.above-input { display: none !important }
 .bd-main, .bd-content, .bd-article-container, .bd-page-width { max-width: 100% !important; width: 100% !important;
   padding: 0 !important; margin: 0 !important }
@@ -49,23 +48,18 @@ app = typer.Typer(add_completion=False)
 @contextmanager
 def browser_page(folder: Path):
     """A page of a headless browser and the address under which it sees `folder`."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not path:
-        raise SystemExit("no chromium found: install Debian's package chromium")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
     handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as p:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, launched() as browser:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = p.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
         yield (
             browser.new_page(viewport={"width": 900, "height": 1200}),
             f"http://127.0.0.1:{server.server_port}",
         )
-        browser.close()
         server.shutdown()
 
 
