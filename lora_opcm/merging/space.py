@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..lowrank import LowRank, add
 from ..values import AUTO, norms
-from .core import Core
+from .core import Core, Spectrum
 from .method import Method
 
 
@@ -32,9 +32,8 @@ class Space(NamedTuple):
 
 
 def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
-    return (
-        core.lift(found, rank, energy) if isinstance(found, Tensor) else _outside(core, *found).truncate(rank, energy)
-    )
+    inside = isinstance(found, Tensor | Spectrum)
+    return core.lift(found, rank, energy) if inside else _outside(core, *found).truncate(rank, energy)
 
 
 def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
@@ -43,7 +42,11 @@ def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
 
 
 def _sizes_in_core(core: Core, found) -> list[list[float]]:
-    size = float(found.square().sum()) if isinstance(found, Tensor) else _outside(core, *found).norm() ** 2
+    if isinstance(found, Tensor | Spectrum):
+        numbers = found.s if isinstance(found, Spectrum) else found
+        size = float(numbers.square().sum())
+    else:
+        size = _outside(core, *found).norm() ** 2
     return [[size, *core.norms()]]
 
 

@@ -5,19 +5,19 @@ from torch import Tensor
 
 from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
 from ...values import AUTO, Density, Energy, Limit, Share
-from ..core import Core
+from ..core import Core, Spectrum
 from ..method import merge_method
 from .frames import polar
 
 
 @merge_method("iso_c", source="Marczak et al., arXiv 2502.04959", keeps="one sum", scale=AUTO)
-def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Tensor:
+def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Spectrum:
     """The sum, cut to `rank`, with its spectrum made flat: U σ̄ Vᵀ, σ̄ the mean of the singular values kept.
 
     Cut first: of a flat spectrum any directions could be dropped, and rounding would choose.
     """
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
-    return (s.mean() if len(s) else 0.0) * u @ vh
+    return Spectrum(u, s.mean().expand_as(s) if len(s) else s, vh)
 
 
 @merge_method("iso_cts", source="Marczak et al., arXiv 2502.04959", scale=AUTO)
@@ -38,11 +38,12 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
         spectrum.append(st[:kept])
         right.append(vt[:kept].mT)
     mean = torch.cat(spectrum).mean() if len(s) else 0.0
-    return mean * polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).mT
+    u, v = (polar(torch.cat(x, 1), core.dtype) for x in (left, right))
+    return mean * u @ v.mT
 
 
 @merge_method("subspace_boosting", source="Skorobogat et al., arXiv 2506.16506", keeps="one sum", scale=AUTO)
-def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy: Energy = None) -> Tensor:
+def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy: Energy = None) -> Spectrum:
     """The sum, cut to `rank`, with its small singular values raised: to the first by which a share `beta` is reached.
 
     U diag(max(σᵢ, σ_c)) Vᵀ with c the smallest index at which σ₁ + … + σ_c ≥ β Σ σᵢ. At β = 0 the spectrum is flat, at
@@ -52,11 +53,11 @@ def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy:
     """
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
     below = int((s.cumsum(0) < beta * s.sum() * (1 - 1e-12)).sum())
-    return (u * s.clamp_min(s[min(below, len(s) - 1)] if len(s) else 0.0)) @ vh
+    return Spectrum(u, s.clamp_min(s[min(below, len(s) - 1)] if len(s) else 0.0), vh)
 
 
 @merge_method("svc", source="Li et al., arXiv 2602.05536", scale=AUTO)
-def svc(core: Core, alpha: Density = 1.0) -> Tensor:
+def svc(core: Core, alpha: Density = 1.0) -> Spectrum:
     """Singular value calibration: the sum, with the directions of outputs that it counts several times scaled down.
 
     UΣVᵀ of the sum becomes U diag(γᵢσᵢ) Vᵀ with γᵢ = T / Σₜ max(α, sₜᵢ), and sₜᵢ = ⟨a, aₜ⟩ / ‖aₜ‖² says how often the
@@ -71,7 +72,8 @@ def svc(core: Core, alpha: Density = 1.0) -> Tensor:
         size = response.square().sum(1)
         there = size > (RTOL_SINGLE * c.norm()) ** 2
         counted += torch.where(there, s * (response * vh).sum(1) / size.where(there, 1), 0).clamp_min(alpha)
-    return (u * (len(core.factors) / counted * s)) @ vh
+    s, order = (len(core.factors) / counted * s).sort(descending=True)
+    return Spectrum(u[:, order], s, vh[order])
 
 
 def leading(x: Tensor, dtype: torch.dtype, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Tensor]:
