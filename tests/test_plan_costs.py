@@ -44,11 +44,11 @@ def both(cost, p, q, *rest):
 
 
 def opcm(p, q):
-    """Of the sums of 4 and 6 directions: an SVD, and UᵀΔV, U(…)V and what is cleared: three products a side."""
+    """Blocks of half of the 0, 4 and 6 directions and the new 4, 2, 3; the columns of two frames turned by each."""
     found = 0.0
-    for done in (4, 6):
-        a, b = min(done, p), min(done, q)
-        found += svd(a, b) + 3 * a * b * p + 3 * a * b * q
+    for done, new in ((0, 4), (4, 2), (6, 3)):
+        block = min(done, p, q) / 2 + new
+        found += svd(block, block) + 2 * block**2 * min(done + new, p) + 2 * block**2 * min(done + new, q)
     return found
 
 
@@ -147,6 +147,15 @@ def test_counts_are_those_of_the_factorisations(method, m, n):
     assert plan.space == {"lora_opcm": "updates", "regmean": "updates"}.get(
         method, "dense" if method in DENSE else "core"
     )
+
+
+def test_counts_of_a_sketch():
+    """Of 20 adapters of rank 16, 320 columns, in 200 × 300, cut to 4 by 20 vectors and 10 probes, in float16."""
+    m, n, columns = 200, 300, 320
+    plan = lo.plan({"w": (m, n)}, "svd", count=20, rank=4, machine=Machine(2.0, 8.0, 32.0))
+    assert plan.sketched == 1 and plan.rank == 4 and plan.written == 2 * (m + n) * 4
+    assert plan.products == 2 * (m + n) * columns * (6 * 20 + 5 * 10)  # SΩ, two times SᵀQ and SQ, QᵀS; Rω, RᵀR twice
+    assert plan.factorisations == 4 * qr(m, 20) + 3 * qr(n, 20) + thin(20, 20)
 
 
 def test_a_plan_adds_modules_and_holds_the_largest():

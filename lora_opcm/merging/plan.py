@@ -5,6 +5,7 @@ Operations are float64 multiplications and additions, counted for one module (m,
 - reduce: Gram matrices of both stacks, (m + n) R² (a product is 2nR², half of it by symmetry), then Cholesky and
   the inverse of R×R, 2/3 R³ a side; where R exceeds m or n, QR and SVD of the stack instead;
 - core: forming all Cₜ, 2pqR for cores of p×q, then what the method factorises, see `CORES`;
+- a sketch instead of all that where `sketch.worth` says so: 4(m + n)R operations a vector and step;
 - lift and truncation: one `svd` of the core, then 2(m + n) R k for the k columns that are kept;
 - methods that see single entries form ΔWₜ (2mnrₜ), pass over T·m·n entries (`PASSES`) and factorise m×n.
 
@@ -28,8 +29,9 @@ from ..files import Adapter, matched, shapes_of
 from ..files.adapter import widest
 from ..numerics import nonzero_svd
 from ..parallel import parallel_map
-from ..values import Limit, expect
+from ..values import Limit, expect, norms
 from .method import method_of
+from .sketch import EXTRA, PROBES, STEPS, worth
 
 START = 2e6  # operations
 # Bytes that go by for every entry of every adapter: a selection of the largest is about 40, sign election 100, a
@@ -53,8 +55,8 @@ class Plan:
 
     Attributes
     ----------
-    modules, summed_rank, rank : int
-        Number of modules, largest Σ rₜ, largest rank of the result.
+    modules, sketched, summed_rank, rank : int
+        Number of modules, of them those that random vectors stand for, largest Σ rₜ, largest rank of the result.
     read, written, peak : float
         Bytes of the inputs, of the result, and at most in memory.
     products, factorisations : float
@@ -65,6 +67,7 @@ class Plan:
     method: str
     space: str
     modules: int
+    sketched: int
     summed_rank: int
     rank: int
     read: float
@@ -93,9 +96,10 @@ def frames(p: int, q: int, ranks: Sequence[int]) -> float:
 
 
 def _opcm(p: int, q: int, ranks: Sequence[int]) -> float:
-    """Step t decomposes the live part of the sum and projects the new core on it, from both sides."""
-    done = [sum(ranks[:t]) for t in range(1, len(ranks))]
-    return sum(svd(min(d, p), min(d, q)) + 6 * min(d, p) * min(d, q) * (p + q) / 2 for d in done)
+    """Step t decomposes what is not locked, here half of what is there and the new update, and turns those columns."""
+    done = [(sum(ranks[:t]), r) for t, r in enumerate(ranks)]
+    blocks = [(min(d, p, q) / 2 + r, min(d + r, p), min(d + r, q)) for d, r in done]
+    return sum(svd(b, b) + 2 * b * b * (a + c) for b, a, c in blocks)
 
 
 def _whitening(p: int, q: int, ranks: Sequence[int]) -> float:
@@ -192,6 +196,14 @@ def _module(method: str, m: int, n: int, ranks: Sequence[int]) -> tuple[float, f
     return products, work, entries, (m + n) * R * 12.0 + (T + 6) * p * q * 8.0, k
 
 
+def _sketch(m: int, n: int, ranks: Sequence[int], rank: int) -> tuple[float, float, float, float, int]:
+    """As `_module`: 2 + 2 · `STEPS` products with S or Sᵀ, as many for the probes, and a QR after each."""
+    R, vectors = sum(ranks), rank + EXTRA
+    products = 2.0 * (m + n) * R * (2 + 2 * STEPS) * vectors + 2.0 * (m + n) * R * (1 + 2 * STEPS) * PROBES
+    work = (1 + STEPS) * qr(m, vectors) + STEPS * qr(n, vectors)
+    return products, work + qr(n, vectors) + qr(m, vectors) + thin_svd(vectors, vectors), 0.0, (m + n) * R * 4.0, rank
+
+
 def plan(
     what: Mapping[str, tuple[int, int]] | Sequence[Adapter],
     method: str = "opcm",
@@ -241,14 +253,19 @@ def plan(
         each = {name: [a[name].rank for a in what if name in a] for name in shapes}
         read = sum((u.shape[0] + u.shape[1]) * u.rank * a.dtype.itemsize for a in what for u in a.values())
     machine = machine or calibrate()
-    found = {name: _module(method, *shape, each[name]) for name, shape in shapes.items()}
+    asked = rank if entry.share and norms(entry.scale) is None else None
+    sketched = {name: asked for name, shape in shapes.items() if asked and worth(shape, each[name], asked)}
+    found = {
+        name: _sketch(*shape, each[name], sketched[name]) if name in sketched else _module(method, *shape, each[name])
+        for name, shape in shapes.items()
+    }
     products, work, passed = (sum(f[i] for f in found.values()) for i in range(3))
     largest = {name: rank or (max(each[name]) if entry.largest else found[name][4]) for name in found}
     kept = {name: min(f[4], largest[name]) for name, f in found.items()}
     numbers = sum(map(sum, shapes.values())) * max(kept.values())  # all modules are written at one rank
     written, held = numbers * dtype.itemsize, max(f[3] for f in found.values())
     return Plan(
-        method, entry.space, len(shapes), max(map(sum, each.values())), max(kept.values()),
+        method, entry.space, len(shapes), len(sketched), max(map(sum, each.values())), max(kept.values()),
         read, written, read + 8 * numbers + torch.get_num_threads() * held, products, work,
         (read + written + passed) / machine.bytes_per_second + products / machine.matmul + work / machine.factor,
     )  # fmt: skip

@@ -15,12 +15,13 @@ class Merged(NamedTuple):
     """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
 
     `sizes` has, for every group (the factors of `lora_opcm` are two), the squared norm of the uncut sum, then those of
-    its parts; it is empty where the scale asks for no norms.
+    its parts; it is empty where the scale asks for no norms. `bound` is that of a sketch.
     """
 
     update: LowRank
     dropped: float
     sizes: list[list[float]]
+    bound: float | None = None
 
 
 class Space(NamedTuple):
