@@ -59,7 +59,7 @@ INSIDE = {
     "geometry": "frames angles geodesics overlap means",
     "files": "names adapter format peft full joint paired refusals parts kohya diffusers table disk expanded updates"
     " read write live bundle shipped",
-    "merging": "core method rules space merge plan shards",
+    "merging": "core method rules space sketch merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges app",
     "lab": "assets gguf embedded tasks bases attach training evaluation train experiments evidence generation",
