@@ -58,10 +58,17 @@ def whitening(p, q):
 
 
 def whitened_sum(p, q):
-    found = frames(p, q) + 27 * p**3  # three eigenproblems of 9p³
-    for done, rank in ((4, 4), (6, 2), (9, 3)):
-        found += 12 * min(done, p, q) ** 3 + both(thin, p, q, rank) + 8 * (p + q) * min(done, p) * rank
-    return found
+    """S, L and R from stacked frames, eigenproblems of L and R, L^{-1/2} S R^{-1/2}."""
+    return (
+        frames(p, q)
+        + 2 * p * R * q
+        + 2 * p * R * p
+        + 2 * q * R * q
+        + 9 * p**3
+        + 9 * q**3
+        + 2 * p * p * q
+        + 2 * p * q * q
+    )
 
 
 def chordal(p, q):
@@ -73,8 +80,8 @@ def canonical(p, q):
 
 
 def interference(p, q):
-    """CᵀC and C(CᵀC) of three cores, and an eigenproblem of q×q."""
-    return T * (2 * p * q * q + 2 * p * q * q) + 9 * q**3
+    """Σ CᵀC and Σ C(CᵀC), of stacked factors, and an eigenproblem of q×q."""
+    return 2 * q * R * q + 2 * p * R * q + 9 * q**3
 
 
 def dop(p, q):
@@ -90,13 +97,13 @@ IN_CORE = {
     "svd": svd, "iso_c": svd, "opcm": opcm, "whitening": whitening, "whitened_sum": whitened_sum,
     "chordal_mean": chordal, "core_ties": canonical, "core_dare_ties": canonical, "ctm": canonical,
     "tsv": lambda p, q: frames(p, q) + 2 * thin(p, R) + 4 * p * q * R,
-    "iso_cts": lambda p, q: svd(p, q) + (T + 2) * thin(p, q),
+    "iso_cts": lambda p, q: svd(p, q) + frames(p, q) + 2 * thin(p, q),
     "karcher_mean": lambda p, q: chordal(p, q) + 100 * (T + 1) * both(thin, p, q, 2),
     "quotient_mean": lambda p, q: frames(p, q) + thin(p, q) + 50 * T * (thin(2, 2) + 4 * p * 4 + 4 * q * 4),
     "knots_ties": lambda p, q: svd(p, T * q), "subspace_boosting": svd, "wudi": interference,
     "actmat": interference, "dop": dop,
-    "svc": lambda p, q: svd(p, q) + T * 2 * p * p * q,
-    "pico": lambda p, q: T * 2 * p * p * q + 9 * p**3,
+    "svc": lambda p, q: svd(p, q) + 2 * p * p * R + 2 * p * R * q,
+    "pico": lambda p, q: 2 * p * R * p + 9 * p**3,
     "cat": lambda p, q: 0, "mean": lambda p, q: 0, "task_arithmetic": lambda p, q: 0, "lora_opcm": lambda p, q: 0,
 }  # fmt: skip
 # Bytes that go by for every entry of every adapter, where a method looks at entries

@@ -98,7 +98,8 @@ def pico(core: Core) -> Tensor:
     It is meant to go before any rule; this is the sum after it.
     """
     sizes = [size**0.5 for size in core.norms() if size]
-    values, u = torch.linalg.eigh(torch.stack([c @ c.mT for c in core.cores]).sum(0))
+    weighed = torch.cat([f.left @ (f.right @ f.right.mT) for f in core.factors], 1)
+    values, u = torch.linalg.eigh(weighed @ torch.cat([f.left for f in core.factors], 1).mT)  # Σ CₜCₜᵀ
     shares = values.clamp_min(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
     found = (u / (1 + (len(sizes) - 1) * shares)) @ (u.mT @ core.total())
     mean, norm = sum(sizes) / max(len(sizes), 1), float(found.norm())

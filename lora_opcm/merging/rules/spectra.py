@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...lowrank import LowRank
 from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
 from ...values import AUTO, Density, Energy, Limit, Share
 from ..core import Core, Spectrum
@@ -26,14 +27,14 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
 
     With `rank` or `energy` it is that many directions of the sum that the shares are of.
     """
-    cores = core.cores
+    count = len(core.factors)
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
-    each = min(round((1 - common) * len(s) / len(cores)), len(s) // len(cores))
-    k = len(s) - each * len(cores)
+    each = min(round((1 - common) * len(s) / count), len(s) // count)
+    k = len(s) - each * count
     left, spectrum, right = [u[:, :k]], [s[:k]], [vh[:k].mT]
-    for c in cores if each else []:
-        ut, st, vt = nonzero_svd(c - u[:, :k] @ (u[:, :k].mT @ c), core.dtype)
-        kept = min(each, int((st > RTOL_SINGLE * c.norm()).sum()))  # of a task the common ones hold, rounding is left
+    for f in core.factors if each else []:
+        ut, st, vt = LowRank(f.left - u[:, :k] @ (u[:, :k].mT @ f.left), f.right).svd()
+        kept = min(each, int((st > RTOL_SINGLE * f.norm()).sum()))  # of a task the common ones hold, rounding is left
         left.append(ut[:, :kept])
         spectrum.append(st[:kept])
         right.append(vt[:kept].mT)
@@ -67,10 +68,10 @@ def svc(core: Core, alpha: Density = 1.0) -> Spectrum:
     """
     u, s, vh = nonzero_svd(core.total(), core.dtype)
     counted = torch.zeros_like(s)
-    for c in core.cores:
-        response = u.mT @ c
+    for f in core.factors:
+        response = u.mT @ f.left @ f.right
         size = response.square().sum(1)
-        there = size > (RTOL_SINGLE * c.norm()) ** 2
+        there = size > (RTOL_SINGLE * f.norm()) ** 2
         counted += torch.where(there, s * (response * vh).sum(1) / size.where(there, 1), 0).clamp_min(alpha)
     s, order = (len(core.factors) / counted * s).sort(descending=True)
     return Spectrum(u[:, order], s, vh[order])
