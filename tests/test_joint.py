@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_opcm import Adapter, LowRank, merge
 from lora_opcm.merging import Basis, Core, Spectrum
-from lora_opcm.merging.rules import opcm, project, whitened_sum
+from lora_opcm.merging.rules import opcm, project, whitened_sum, whitening
 from lora_opcm.merging.rules.frames import Sums, extend
 
 
@@ -77,6 +77,29 @@ def test_sums_at_once_are_sums_one_by_one(power, sides):
     expected = sums.left @ sums.core(sides) @ sums.right.mT
     found = whitened_sum(core, power, None, sides)
     assert float((found - expected).norm() / expected.norm()) < 1e-9
+
+
+def nearest(frame, new):
+    p, s, qh = torch.linalg.svd(torch.cat([frame, new], 1), full_matrices=False)
+    k = int((s > 1e-6 * s[0]).sum())
+    return p[:, :k] @ qh[:k]
+
+
+@pytest.mark.parametrize("case", ["own", "shared", "twice", "of more ranks"])
+def test_whitening_is_the_polar_factor_of_the_stack_step_by_step(case):
+    a, b, c = spectra(3)
+    updates = {
+        "own": [a, b, c], "twice": [a, b, a, c], "of more ranks": [a, *spectra(2, r=9, seed=1), b],
+        "shared": [a, LowRank(a.left + 0.01 * b.left, b.right), c],
+    }[case]  # fmt: skip
+    core = Core.of(updates)
+    (u, s, vh), *others = core.frames()
+    left, right, spectrum = u, vh.mT, s
+    for u, s, vh in others:
+        left, right = nearest(left, u), nearest(right, vh.mT)
+        spectrum = torch.cat([spectrum, s])
+    expected = (left * spectrum) @ right.mT
+    assert float((whitening(core) - expected).norm() / expected.norm()) < 1e-9
 
 
 def test_a_spectrum_is_lifted_as_its_matrix():

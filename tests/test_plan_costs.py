@@ -53,8 +53,9 @@ def opcm(p, q):
 
 
 def whitening(p, q):
-    stacks = [min(done, p, q) for done in (6, 9)]
-    return frames(p, q) + sum(both(thin, p, q, s) + 2 * p * s * s + 2 * q * s * s for s in stacks)
+    """QᵀU of 4 directions and 2, of 6 and 3: its SVD, and it, QA and (…)Aᵀ for two sides."""
+    steps = [(min(done, p, q), new) for done, new in ((4, 2), (6, 3))]
+    return frames(p, q) + sum(2 * thin(d, r) + 3 * 2 * p * d * r + 3 * 2 * q * d * r for d, r in steps)
 
 
 def whitened_sum(p, q):

@@ -103,8 +103,9 @@ def _opcm(p: int, q: int, ranks: Sequence[int]) -> float:
 
 
 def _whitening(p: int, q: int, ranks: Sequence[int]) -> float:
-    sums = [min(sum(ranks[:t]), p, q) for t in range(2, len(ranks) + 1)]
-    return frames(p, q, ranks) + sum(thin_svd(p, s) + thin_svd(q, s) + 2 * (p + q) * s * s for s in sums)
+    """Every step takes the SVD of what frame and new one have in common, and corrects both by that rank."""
+    steps = [(min(sum(ranks[:t]), p, q), ranks[t]) for t in range(1, len(ranks))]
+    return frames(p, q, ranks) + sum(2 * thin_svd(d, r) + 6 * (p + q) * d * r for d, r in steps)
 
 
 def _whitened_sum(p: int, q: int, ranks: Sequence[int]) -> float:

@@ -14,6 +14,7 @@ Source of TSV-Merge: Gargiulo et al., arXiv 2412.00081.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,12 +52,38 @@ def tsv(core: Core, directions: Limit = None) -> Tensor:
 @merge_method("whitening", source="this package", keeps="all directions", ordered=True, scale=AUTO)
 def whitening(core: Core) -> Tensor:
     """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra."""
-    left, spectrum, right = core.frames()[0]
-    right = right.mT
-    for u, s, vh in core.frames()[1:]:
-        left, right = (polar(torch.cat(x, 1), core.dtype) for x in ([left, u], [right, vh.mT]))
-        spectrum = torch.cat([spectrum, s])
-    return (left * spectrum) @ right.mT
+    (u, s, vh), *others = core.frames()
+    left, right, spectrum = Whitened(u), Whitened(vh.mT), [s]
+    for u, s, vh in others:
+        left, right = left.add(u, core.dtype), right.add(vh.mT, core.dtype)
+        spectrum.append(s)
+    return (left.frame * torch.cat(spectrum)) @ right.frame.mT
+
+
+class Whitened(NamedTuple):
+    """A whitened stack of frames, and whether its columns are orthonormal: not where some depended on each other."""
+
+    frame: Tensor
+    orthonormal: bool = True
+
+    def add(self, new: Tensor, dtype: torch.dtype) -> "Whitened":
+        """`polar` of [frame new], (n, c) and (n, r) with orthonormal columns, in 6ncr operations.
+
+        With frameᵀ new = A diag(s) Bᵀ the Gram matrix of the stack has the eigenvalues 1 ± s on (aᵢ, ±bᵢ)/√2, and 1
+        elsewhere: its inverse root is the identity and a correction of those ranks.
+        """
+        a, s, bh = torch.linalg.svd(self.frame.mT @ new, full_matrices=False)
+        if not self.orthonormal or bool((s > 1 - 1e-6).any()):
+            return Whitened(polar(torch.cat([self.frame, new], 1), dtype), False)
+        more, less = (1 + s).rsqrt() - 1, (1 - s).rsqrt() - 1
+        same, across = (more + less) / 2, (more - less) / 2
+        old, mixed = self.frame @ a, new @ bh.mT
+        return Whitened(
+            torch.cat([
+                self.frame + (old * same + mixed * across) @ a.mT,
+                new + (old * across + mixed * same) @ bh,
+            ], 1)
+        )  # fmt: skip
 
 
 @merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO)
