@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_opcm.lab.experiments.cost import counted, in_turn
+from lora_opcm.parallel import parallel_map
 
 COST = sys.modules[in_turn.__module__]
 
@@ -15,6 +16,15 @@ def test_counts_are_of_one_call():
     found = counted(lambda: (a @ b).abs().sum())
     assert found["torch calls"] == 3 and found["products, Gflop"] == pytest.approx(2 * 30 * 40 * 50 / 1e9)
     assert counted(lambda: torch.zeros(2**25))["page faults"] > 1000 * (found["page faults"] < 1000)
+
+
+def test_counts_are_of_all_threads():
+    numbers = [torch.ones(3)] * 5
+    torch.set_num_threads(2)
+    try:
+        assert counted(lambda: parallel_map(torch.abs, numbers))["torch calls"] == 5
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_ratios_are_the_median_of_rounds_in_turn_without_the_first(monkeypatch):

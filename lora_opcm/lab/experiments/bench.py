@@ -83,7 +83,8 @@ def module(size: int = 4096):
 @app.command()
 def work(size: int = 4096):
     """(d) One module of work, in float16 to rank 16, against the copy of its factors: step by step, and where adapters
-    lack the module, have one random start or one frozen factor, or are many."""
+    lack the module, have one random start or one frozen factor. On one thread, as every module is."""
+    torch.set_num_threads(1)
     half = lambda parts: [u.to(torch.float16) for u in parts]  # noqa: E731
     eight = half(updates(size, size))
     cases = {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -72,17 +73,25 @@ class Calls(TorchDispatchMode):
 
 
 def counted(function: Callable) -> dict[str, float]:
-    """Calls of torch, operations in large products (2mnk each), and page faults of one call, after a first."""
+    """Calls of torch, operations in large products (2mnk each), and page faults of one call, after a first.
+
+    On one thread, as calls of others are not seen.
+    """
     import resource  # off Windows
 
     from torch.utils.flop_counter import FlopCounterMode
 
-    function()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    function()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    with Calls() as calls:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         function()
-    with FlopCounterMode(display=False) as flops:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         function()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        with Calls() as calls:
+            function()
+        with FlopCounterMode(display=False) as flops:
+            function()
+    finally:
+        torch.set_num_threads(threads)
     return {"torch calls": calls.count, "products, Gflop": flops.get_total_flops() / 1e9, "page faults": faults}
