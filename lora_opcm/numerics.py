@@ -28,15 +28,23 @@ def half(x: Tensor) -> bool:
 
 def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of `x` without the directions that are rounding noise for factors of `dtype`."""
-    if dtype != torch.float64 and x.dtype == torch.float64 and 16 <= x.shape[0] <= x.shape[1]:
+    if x.shape[0] > x.shape[1]:
+        u, s, vh = nonzero_svd(x.mT, dtype)
+        return vh.mT, s, u.mT
+    if dtype != torch.float64 and x.dtype == torch.float64 and x.shape[0] >= 16:
         # Half the time of an SVD, and as good to 1e-8 where no singular value is below 1e-4 σ₁.
         values, u = torch.linalg.eigh(x @ x.mT)
         if values[0] > 1e-8 * values[-1]:
             u, s = u.flip(1), values.flip(0).sqrt()
             return u, s, (u / s).mT @ x
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    k = int((s > RTOL.get(dtype, RTOL_SINGLE) * s[:1]).sum())
+    k = nonzero(s, dtype)
     return u[:, :k], s[:k], vh[:k]
+
+
+def nonzero(s: Tensor, dtype: torch.dtype) -> int:
+    """How many singular values (descending) are more than rounding noise for factors of `dtype`."""
+    return int((s > RTOL.get(dtype, RTOL_SINGLE) * s[:1]).sum())
 
 
 def keep_rank(s: Tensor, rank: int | None = None, energy: float | None = None) -> int:
@@ -70,12 +78,13 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def gram_matrix(x: Tensor, width: int = 64) -> Tensor:
+def gram_matrix(x: Tensor, single: bool = False, width: int = 64) -> Tensor:
     """xᵀx in float64 on the CPU, shape=[..., R, R] for x [..., n, R]; only blocks on and above the diagonal.
 
-    Multiplied where x lies: half precision in float32, where its products are exact, all else in float64.
+    Multiplied where x lies: half precision in float32, where its products are exact, all else in float64; `single`
+    says that x was half precision.
     """
-    x = x.float() if half(x) else x.double()
+    x = x.float() if single or half(x) else x.double()
     gram = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64)
     for i in range(0, x.shape[-1], width):
         block = (x[..., i : i + width].mT @ x[..., i:]).to("cpu").double()

@@ -44,24 +44,32 @@ def both(cost, p, q, *rest):
 
 
 def opcm(p, q):
-    """Of the sums of 4 and 6 directions: an SVD, and UᵀΔV, U(…)V and what is cleared: three products a side."""
+    """Blocks of half of the 0, 4 and 6 directions and the new 4, 2, 3; the columns of two frames turned by each."""
     found = 0.0
-    for done in (4, 6):
-        a, b = min(done, p), min(done, q)
-        found += svd(a, b) + 3 * a * b * p + 3 * a * b * q
+    for done, new in ((0, 4), (4, 2), (6, 3)):
+        block = min(done, p, q) / 2 + new
+        found += svd(block, block) + 2 * block**2 * min(done + new, p) + 2 * block**2 * min(done + new, q)
     return found
 
 
 def whitening(p, q):
-    stacks = [min(done, p, q) for done in (6, 9)]
-    return frames(p, q) + sum(both(thin, p, q, s) + 2 * p * s * s + 2 * q * s * s for s in stacks)
+    """QᵀU of 4 directions and 2, of 6 and 3: its SVD, and it, QA and (…)Aᵀ for two sides."""
+    steps = [(min(done, p, q), new) for done, new in ((4, 2), (6, 3))]
+    return frames(p, q) + sum(2 * thin(d, r) + 3 * 2 * p * d * r + 3 * 2 * q * d * r for d, r in steps)
 
 
 def whitened_sum(p, q):
-    found = frames(p, q) + 27 * p**3  # three eigenproblems of 9p³
-    for done, rank in ((4, 4), (6, 2), (9, 3)):
-        found += 12 * min(done, p, q) ** 3 + both(thin, p, q, rank) + 8 * (p + q) * min(done, p) * rank
-    return found
+    """S, L and R from stacked frames, eigenproblems of L and R, L^{-1/2} S R^{-1/2}."""
+    return (
+        frames(p, q)
+        + 2 * p * R * q
+        + 2 * p * R * p
+        + 2 * q * R * q
+        + 9 * p**3
+        + 9 * q**3
+        + 2 * p * p * q
+        + 2 * p * q * q
+    )
 
 
 def chordal(p, q):
@@ -73,8 +81,8 @@ def canonical(p, q):
 
 
 def interference(p, q):
-    """CᵀC and C(CᵀC) of three cores, and an eigenproblem of q×q."""
-    return T * (2 * p * q * q + 2 * p * q * q) + 9 * q**3
+    """Σ CᵀC and Σ C(CᵀC), of stacked factors, and an eigenproblem of q×q."""
+    return 2 * q * R * q + 2 * p * R * q + 9 * q**3
 
 
 def dop(p, q):
@@ -90,13 +98,13 @@ IN_CORE = {
     "svd": svd, "iso_c": svd, "opcm": opcm, "whitening": whitening, "whitened_sum": whitened_sum,
     "chordal_mean": chordal, "core_ties": canonical, "core_dare_ties": canonical, "ctm": canonical,
     "tsv": lambda p, q: frames(p, q) + 2 * thin(p, R) + 4 * p * q * R,
-    "iso_cts": lambda p, q: svd(p, q) + (T + 2) * thin(p, q),
+    "iso_cts": lambda p, q: svd(p, q) + frames(p, q) + 2 * thin(p, q),
     "karcher_mean": lambda p, q: chordal(p, q) + 100 * (T + 1) * both(thin, p, q, 2),
     "quotient_mean": lambda p, q: frames(p, q) + thin(p, q) + 50 * T * (thin(2, 2) + 4 * p * 4 + 4 * q * 4),
     "knots_ties": lambda p, q: svd(p, T * q), "subspace_boosting": svd, "wudi": interference,
     "actmat": interference, "dop": dop,
-    "svc": lambda p, q: svd(p, q) + T * 2 * p * p * q,
-    "pico": lambda p, q: T * 2 * p * p * q + 9 * p**3,
+    "svc": lambda p, q: svd(p, q) + 2 * p * p * R + 2 * p * R * q,
+    "pico": lambda p, q: 2 * p * R * p + 9 * p**3,
     "cat": lambda p, q: 0, "mean": lambda p, q: 0, "task_arithmetic": lambda p, q: 0, "lora_opcm": lambda p, q: 0,
 }  # fmt: skip
 # Bytes that go by for every entry of every adapter, where a method looks at entries
@@ -147,6 +155,15 @@ def test_counts_are_those_of_the_factorisations(method, m, n):
     assert plan.space == {"lora_opcm": "updates", "regmean": "updates"}.get(
         method, "dense" if method in DENSE else "core"
     )
+
+
+def test_counts_of_a_sketch():
+    """Of 20 adapters of rank 16, 320 columns, in 200 × 300, cut to 4 by 20 vectors and 10 probes, in float16."""
+    m, n, columns = 200, 300, 320
+    plan = lo.plan({"w": (m, n)}, "svd", count=20, rank=4, machine=Machine(2.0, 8.0, 32.0))
+    assert plan.sketched == 1 and plan.rank == 4 and plan.written == 2 * (m + n) * 4
+    assert plan.products == 2 * (m + n) * columns * (6 * 20 + 5 * 10)  # SΩ, two times SᵀQ and SQ, QᵀS; Rω, RᵀR twice
+    assert plan.factorisations == 4 * qr(m, 20) + 3 * qr(n, 20) + thin(20, 20)
 
 
 def test_a_plan_adds_modules_and_holds_the_largest():

@@ -240,6 +240,8 @@ def _dry_run(
         f"would read {planned.read / 1e6:.3g} MB, hold {planned.peak / 1e6:.3g} MB of tensors, write"
         f" {planned.written / 1e6:.3g} MB, and take about {planned.seconds:.2g} s here"
     )
+    if planned.sketched:
+        say(f"would sketch {planned.sketched} modules, sums of more columns than their layers have rows")
     try:
         recipe.refuse_existing(output, overwrite, None if part else format or loaded[0].format)
     except ValueError as error:

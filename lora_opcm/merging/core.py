@@ -2,11 +2,15 @@
 
 Every ΔWₜ = Q_B Cₜ Q_Aᵀ exactly, at a cost of O((m + n) R² + R³) for the summed rank R. Gram matrices, cores and
 their factorisations are float64 whatever the inputs are. Source: Core Space, arXiv 2509.17786.
+
+Nothing here is compiled: the time is in products and LAPACK, which torch.compile calls as they are. Compiled, Gram
+matrices and projections took 1.2 times as long on a CPU (torch 2.13), after 25 s of compiling.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +26,8 @@ class Basis:
     `columns` (n, R) is the stack of factors as it came, `transform` (R, p) float64, and `coords` (p, R)
     holds QᵀX: the factors in the basis. With a transform, columns = Q @ coords holds exactly, whatever rounding
     the Gram matrix suffered; only the orthonormality of Q, and so nothing a sum of updates could notice, feels
-    it. Without one, `columns` is Q itself, and what of the factors lies below 1e-10 of their span is left out.
+    it. Without one, `columns` is Q itself, and what of the factors lies below 1e-10 of their span is left out, unless
+    Q is square.
     """
 
     columns: Tensor
@@ -34,6 +39,11 @@ class Basis:
         """Whether the first j columns of the factors lie in the first j directions (Cholesky: yes)."""
         return self.transform is not None
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing of the factors is left out."""
+        return self.nested or self.columns.shape[0] == self.columns.shape[1]
+
     def __matmul__(self, x: Tensor) -> Tensor:
         """Q @ x for x (p, k), multiplied where `columns` lies and returned where `x` does."""
         coefficients = x if self.transform is None else self.transform @ x
@@ -43,32 +53,88 @@ class Basis:
     def of(cls, blocks: Sequence[Tensor]) -> "Basis":
         """A basis of the span of all columns of `blocks`, each (n, r_t).
 
-        Cholesky of the Gram matrix: nR² flops and one pass over the data. Where columns are nearly
-        dependent (identical adapters, R > n, zero factors) squaring the condition number would cost
-        accuracy, and a rank-revealing QR in float64 takes its place.
+        Cholesky of the Gram matrix: nR² flops and one pass over the data. Columns that several blocks share, as
+        adapters with one frozen factor do, count once. Where columns depend on each other all the same (zeros
+        among them) a rank-revealing QR in float64 takes its place; where they may span all of the space, nothing.
         """
         stack = side_by_side(blocks)
-        return cls.from_gram(stack.to(working_dtype(stack.dtype)), gram_matrix(stack))
+        wide = stack.to(working_dtype(stack.dtype))
+        if stack.shape[1] >= stack.shape[0]:
+            return cls.square(wide)
+        gram = gram_matrix(wide, half(stack))
+        if basis := cls._by_cholesky(wide, gram, 64 * len(gram)):
+            return basis
+        first = [next(i for i, y in enumerate(blocks) if x.shape == y.shape and torch.equal(x, y)) for x in blocks]
+        kept = sorted(set(first))
+        if len(kept) == len(blocks):
+            return cls.from_gram(wide, gram, half(stack))
+        once = cls.of([blocks[t] for t in kept])
+        coords = dict(zip(kept, once.coords.split([blocks[t].shape[1] for t in kept], 1), strict=True))
+        return replace(once, coords=torch.cat([coords[t] for t in first], 1))
 
     @classmethod
-    def from_gram(cls, stack: Tensor, gram: Tensor) -> "Basis":
-        """The basis of the columns of `stack` (n, R), on any device, from their Gram matrix on the CPU."""
-        norms = gram.diagonal().sqrt()
-        if stack.shape[1] <= stack.shape[0] and bool((norms > 0).all()):
-            chol, failed = torch.linalg.cholesky_ex(gram / (norms[:, None] * norms))
-            if not failed:
-                identity = torch.eye(len(norms), dtype=chol.dtype, device=chol.device)
-                inverse = torch.linalg.solve_triangular(chol, identity, upper=False)
-                # ‖L⁻¹‖ is the condition number and bounds how float32 rounding grows in `columns @ transform`.
-                if inverse.square().sum() <= 64 * len(norms):
-                    return cls(stack, inverse.mT / norms[:, None], chol.mT * norms)
+    def from_gram(cls, stack: Tensor, gram: Tensor, single: bool = False) -> "Basis":
+        """The basis of the columns of `stack` (n, R), on any device, from their Gram matrix on the CPU.
+
+        `single` says that it was multiplied in float32.
+        """
+        if stack.shape[1] >= stack.shape[0]:
+            return cls.square(stack)
+        if basis := cls._by_cholesky(stack, gram, 64 * len(gram)):
+            return basis
         wide = stack.cpu().double()
-        unit = wide / norms.clamp_min(torch.finfo(torch.float64).tiny)
+        # Squaring the condition number costs digits: float64 has some to spare beyond the inputs' own.
+        if stack.dtype != torch.float64:
+            gram = gram_matrix(wide) if single else gram
+            if basis := cls._by_cholesky(wide, gram, 1e8):
+                return basis
+        unit = wide / gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
         q, r = torch.linalg.qr(unit)
         u, s, _ = torch.linalg.svd(r, full_matrices=False)
         keep = int((s > 1e-10 * s[:1]).sum())
         q = q @ u[:, :keep]
         return cls(q, None, q.mT @ wide)
+
+    @classmethod
+    def square(cls, stack: Tensor) -> "Basis":
+        """The basis of all of R^n, for stacks that may span it."""
+        return cls(torch.eye(len(stack), dtype=torch.float64), None, stack.cpu().double())
+
+    @classmethod
+    def _by_cholesky(cls, stack: Tensor, gram: Tensor, limit: float) -> "Basis | None":
+        """None where ‖L⁻¹‖² of columns of length 1, at least their condition number squared, exceeds the limit.
+
+        It bounds how the rounding of `columns @ transform` grows, and of the Gram matrix in QᵀQ.
+        """
+        norms = gram.diagonal().sqrt()
+        if not bool((norms > 0).all()):
+            return None
+        chol, failed = torch.linalg.cholesky_ex(gram / (norms[:, None] * norms))
+        if failed:
+            return None
+        inverse = torch.linalg.solve_triangular(chol, torch.eye(len(norms), dtype=chol.dtype), upper=False)
+        if not inverse.square().sum() <= limit:
+            return None
+        return cls(stack, inverse.mT / norms[:, None], chol.mT * norms)
+
+
+class Spectrum(NamedTuple):
+    """A matrix (p, q) by its singular value decomposition: U (p, k), σ (k), descending and ≥ 0, and Vᵀ (k, q).
+
+    What a rule returns that has it anyway: it need not be found a second time.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+    @classmethod
+    def of(cls, x: "Tensor | Spectrum", dtype: torch.dtype) -> "Spectrum":
+        """Of any matrix, without what is rounding noise for factors of `dtype`."""
+        return x if isinstance(x, Spectrum) else cls(*nonzero_svd(x, dtype))
+
+    def dense(self) -> Tensor:
+        return (self.u * self.s) @ self.vh
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +155,7 @@ class Core:
     def of(cls, updates: Sequence[LowRank]) -> "Core":
         """The core space of updates of one shape and any ranks.
 
-        Where factors are nearly dependent, those of their balanced gauge stand for them (`_balanced`); what rank
+        Where factors are nearly dependent, or may span all of a side, all is done in float64 (`_careful`); what rank
         then counts is numerically nonzero directions.
 
         Raises
@@ -100,8 +166,8 @@ class Core:
         shapes = {u.shape for u in updates}
         if len(shapes) != 1:
             raise ValueError(f"expected updates of one shape, got {sorted(shapes) or 'none'}")
-        core = _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
-        return core if core.left.nested and core.right.nested else _balanced(updates, core.dtype)
+        core = _core(updates)
+        return core if core.left.nested and core.right.nested else _careful(updates, core.dtype)
 
     @classmethod
     @full_precision()
@@ -120,12 +186,18 @@ class Core:
             there = stack.to(device)
             # MPS has no float64: what needs it is multiplied before it goes there.
             gram = gram_matrix(stack if there.device.type == "mps" and not half(stack) else there)
-            bases.append(map(Basis.from_gram, there.to(working_dtype(stack.dtype)), gram))
-        cores = [_core(updates, left, right) for updates, left, right in zip(modules, *bases, strict=True)]
+            single = [half(stack)] * len(gram)
+            bases.append(map(Basis.from_gram, there.to(working_dtype(stack.dtype)), gram, single))
+        cores = [_core(updates, *sides) for updates, *sides in zip(modules, *bases, strict=True)]
         return [
-            core if core.left.nested and core.right.nested else _balanced(updates, core.dtype)
+            core if core.left.nested and core.right.nested else cls.of(updates)
             for core, updates in zip(cores, modules, strict=True)
         ]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q), the shape of every Cₜ."""
+        return self.left.coords.shape[0], self.right.coords.shape[0]
 
     @property
     def cores(self) -> list[Tensor]:
@@ -144,22 +216,22 @@ class Core:
     def live(self, t: int) -> tuple[int, int]:
         """Leading rows and columns outside which the first t cores are zero."""
         done = sum(f.rank for f in self.factors[:t])
-        p, q = self.left.coords.shape[0], self.right.coords.shape[0]
+        p, q = self.shape
         return (done if self.left.nested else p), (done if self.right.nested else q)
 
-    def frames(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Thin SVD of each core, U (p, k), S (k), Vh (k, q), at the cost of its rank."""
+    def frames(self, count: int | None = None) -> list[Spectrum]:
+        """Thin SVD of each core, or of the first `count`, at the cost of its rank."""
         found = []
-        for f in self.factors:
+        for f in self.factors[:count]:
             q_left, r_left = torch.linalg.qr(f.left)
             q_right, r_right = torch.linalg.qr(f.right.mT)
             u, s, vh = nonzero_svd(r_left @ r_right.mT, self.dtype)
-            found.append((q_left @ u, s, vh @ q_right.mT))
+            found.append(Spectrum(q_left @ u, s, vh @ q_right.mT))
         return found
 
-    def lift(self, x: Tensor, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
+    def lift(self, x: Tensor | Spectrum, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
         """Q_B x Q_Aᵀ for x (p, q), truncated if asked, in the balanced gauge; and the energy dropped."""
-        u, s, vh = nonzero_svd(x, self.dtype)
+        u, s, vh = Spectrum.of(x, self.dtype)
         k = keep_rank(s, rank, energy)
         root = s[:k].sqrt()
         left = self.left @ (u[:, :k] * root)
@@ -169,19 +241,23 @@ class Core:
         return LowRank(left.to(self.dtype), right.mT.to(self.dtype).contiguous()), dropped
 
 
-def _balanced(updates: Sequence[LowRank], dtype: torch.dtype) -> Core:
-    """The core of the updates in the balanced gauge, in float64 on the CPU.
+def _careful(updates: Sequence[LowRank], dtype: torch.dtype) -> Core:
+    """The core of the updates in float64 on the CPU, and if columns are cut, of their balanced gauge.
 
     A gauge of large condition number makes nearly dependent columns that cancel in the product. Cut as columns,
     their rounding becomes a direction of the update, or a small direction is lost; a balanced column is as long
     as what it does to the update.
     """
-    updates = [u.to("cpu", torch.float64).balanced() for u in updates]
-    core = _core(updates, Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
+    wide = [u.to("cpu", torch.float64) for u in updates]
+    core = _core(wide)
+    if not (core.left.exact and core.right.exact):
+        core = _core([u.balanced() for u in wide])
     return replace(core, dtype=dtype)
 
 
-def _core(updates: Sequence[LowRank], left: Basis, right: Basis) -> Core:
+def _core(updates: Sequence[LowRank], left: Basis | None = None, right: Basis | None = None) -> Core:
+    left = left or Basis.of([u.left for u in updates])
+    right = right or Basis.of([u.right.mT for u in updates])
     dtype = reduce(torch.promote_types, [u.dtype for u in updates])
     ranks = [u.rank for u in updates]
     pairs = zip(left.coords.split(ranks, dim=1), right.coords.split(ranks, dim=1))

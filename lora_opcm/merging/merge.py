@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from ..parallel import Progress, parallel_map
 from ..values import AUTO, Energy, Full, Limit, Scale, expect, factor, norms
 from .core import Core
 from .method import Method, method_of
+from .sketch import sketched_sum, worth
 from .space import SPACES, Merged, merge_module, side_by_side
 
 BATCH = 2**28  # numbers that are stacked on a device at once
@@ -83,6 +85,7 @@ def merge(
     ragged: bool = False,
     drop: Sequence[str] = (),
     full: str | None = None,
+    sketch: bool = True,
     **options,
 ) -> Adapter:
     """One adapter out of several: `merge(a, b, method="tsv")`, or `merge([a, b], "tsv")`.
@@ -122,6 +125,10 @@ def merge(
     full : {"first", "drop", "mean"}, optional
         What becomes of full tensors (`modules_to_save`) where adapters differ in them: that of the first adapter that
         has one, none of them, or the mean over those that have it, at equal weights. Refused unless given.
+    sketch : bool
+        Whether plain sums that are cut to `rank` may be sketched by random vectors where they have more columns than
+        the layer has rows (`sketch.worth`), unless their scale asks for norms. A warning says then how far the result
+        can be from the best of its rank.
     **options
         Of the method.
 
@@ -140,7 +147,7 @@ def merge(
         in two adapters.
     """
     adapters, method = _taken(inputs, method)
-    options |= {"disjoint": disjoint, "any_base": any_base, "drop": drop, "full": full}
+    options |= {"disjoint": disjoint, "any_base": any_base, "drop": drop, "full": full, "sketch": sketch}
     part = merge_part(adapters, method, weights, scale, rank, energy, dtype, device, progress, ragged, **options)
     return part.finish()
 
@@ -166,6 +173,7 @@ def merge_part(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
     ragged: bool = False,
+    sketch: bool = True,
     **options,
 ) -> Part:
     """All of `merge` but its last step, on adapters that may hold a part of their modules only."""
@@ -176,11 +184,19 @@ def merge_part(
     if plain := entry.plain and rank is None and energy is None:
         device = None  # there is no product to make
 
+    asked = rank if sketch and entry.share and energy is None and norms(scale) is None else None
+
+    def sketched(name: str) -> bool:
+        return worth(shapes[name], [a.modules[name].rank for a in adapters if name in a.modules], asked)
+
     def one(item: Item) -> Merged:
         name, updates, core = item  # without a device, updates are made when a module's turn comes
         updates = updates or _updates(adapters, name, weights)
         if plain and sum(u.rank for u in updates) <= min(shapes[name]):
             return side_by_side(updates, norms(scale) is not None)
+        if asked and entry.share and sketched(name):
+            update, dropped, bound = sketched_sum(updates, asked, zlib.crc32(f"0 {name}".encode()))
+            return Merged(update * entry.share(len(updates)), dropped, [], bound)
         inside = core or SPACES[entry.space].enter(updates)
         cut = {"rank": rank, "energy": energy}
         if entry.largest and rank is None and energy is None:
@@ -198,12 +214,18 @@ def merge_part(
         for names in progress(batches, total=len(batches)) if progress else batches:
             parts = [_updates(adapters, name, weights) for name in names]
             cores: Sequence[Core | None] = [None] * len(names)
-            if entry.space == "core":
+            if entry.space == "core" and not sketched(names[0]):
                 cores = Core.batch(parts, device)
             elif torch.device(device).type != "mps":  # which has no float64
                 parts = [[u.to(device) for u in updates] for updates in parts]
             batch = list(zip(names, parts, cores, strict=True))
             found |= dict(zip(names, parallel_map(one, batch), strict=True))
+    if bounds := [m.bound for m in found.values() if m.bound is not None]:
+        warnings.warn(
+            f"{len(bounds)} of {len(found)} modules were sketched, sums of more columns than their layers have rows:"
+            f" they are at most {max(bounds):.2g} σ₁ further off than the best of rank {rank}, as sketch=False has it",
+            stacklevel=3,
+        )
     modules = {name: found[name].update for name in shapes}
     merged = replace(
         merged.with_modules(modules),

@@ -53,6 +53,8 @@ class Method:
         Whether it is cut to the largest rank of the adapters unless told otherwise.
     plain : bool
         Whether it is the sum of the updates, which factors side by side are, where nothing is cut.
+    share : callable, optional
+        The share of the sum of T updates that it is, for a method that is nothing else: 1 or 1/T.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Method:
     data: bool = False
     largest: bool = False
     plain: bool = False
+    share: Callable[[int], float] | None = None
 
     def __post_init__(self):
         if self.space not in SPACES:

@@ -5,6 +5,7 @@ Operations are float64 multiplications and additions, counted for one module (m,
 - reduce: Gram matrices of both stacks, (m + n) R² (a product is 2nR², half of it by symmetry), then Cholesky and
   the inverse of R×R, 2/3 R³ a side; where R exceeds m or n, QR and SVD of the stack instead;
 - core: forming all Cₜ, 2pqR for cores of p×q, then what the method factorises, see `CORES`;
+- a sketch instead of all that where `sketch.worth` says so: 4(m + n)R operations a vector and step;
 - lift and truncation: one `svd` of the core, then 2(m + n) R k for the k columns that are kept;
 - methods that see single entries form ΔWₜ (2mnrₜ), pass over T·m·n entries (`PASSES`) and factorise m×n.
 
@@ -28,8 +29,9 @@ from ..files import Adapter, matched, shapes_of
 from ..files.adapter import widest
 from ..numerics import nonzero_svd
 from ..parallel import parallel_map
-from ..values import Limit, expect
+from ..values import Limit, expect, norms
 from .method import method_of
+from .sketch import EXTRA, PROBES, STEPS, worth
 
 START = 2e6  # operations
 # Bytes that go by for every entry of every adapter: a selection of the largest is about 40, sign election 100, a
@@ -53,8 +55,8 @@ class Plan:
 
     Attributes
     ----------
-    modules, summed_rank, rank : int
-        Number of modules, largest Σ rₜ, largest rank of the result.
+    modules, sketched, summed_rank, rank : int
+        Number of modules, of them those that random vectors stand for, largest Σ rₜ, largest rank of the result.
     read, written, peak : float
         Bytes of the inputs, of the result, and at most in memory.
     products, factorisations : float
@@ -65,6 +67,7 @@ class Plan:
     method: str
     space: str
     modules: int
+    sketched: int
     summed_rank: int
     rank: int
     read: float
@@ -93,37 +96,35 @@ def frames(p: int, q: int, ranks: Sequence[int]) -> float:
 
 
 def _opcm(p: int, q: int, ranks: Sequence[int]) -> float:
-    """Step t decomposes the live part of the sum and projects the new core on it, from both sides."""
-    done = [sum(ranks[:t]) for t in range(1, len(ranks))]
-    return sum(svd(min(d, p), min(d, q)) + 6 * min(d, p) * min(d, q) * (p + q) / 2 for d in done)
+    """Step t decomposes what is not locked, here half of what is there and the new update, and turns those columns."""
+    done = [(sum(ranks[:t]), r) for t, r in enumerate(ranks)]
+    blocks = [(min(d, p, q) / 2 + r, min(d + r, p), min(d + r, q)) for d, r in done]
+    return sum(svd(b, b) + 2 * b * b * (a + c) for b, a, c in blocks)
 
 
 def _whitening(p: int, q: int, ranks: Sequence[int]) -> float:
-    sums = [min(sum(ranks[:t]), p, q) for t in range(2, len(ranks) + 1)]
-    return frames(p, q, ranks) + sum(thin_svd(p, s) + thin_svd(q, s) + 2 * (p + q) * s * s for s in sums)
+    """Every step takes the SVD of what frame and new one have in common, and corrects both by that rank."""
+    steps = [(min(sum(ranks[:t]), p, q), ranks[t]) for t in range(1, len(ranks))]
+    return frames(p, q, ranks) + sum(2 * thin_svd(d, r) + 6 * (p + q) * d * r for d, r in steps)
 
 
 def _whitened_sum(p: int, q: int, ranks: Sequence[int]) -> float:
-    """Every step rotates three sums and extends two frames; three eigenproblems at the end."""
-    steps = 0.0
-    for t in range(1, len(ranks) + 1):
-        d, r = sum(ranks[:t]), ranks[t - 1]
-        steps += 12 * min(d, p, q) ** 3 + thin_svd(p, r) + thin_svd(q, r) + 8 * (p + q) * min(d, p) * r
-    return frames(p, q, ranks) + steps + 3 * 9 * p**3
+    """Three sums in one product each, two eigenproblems, and products with what they give."""
+    return frames(p, q, ranks) + 2 * (p * p + q * q + p * q) * sum(ranks) + 9 * (p**3 + q**3) + 2 * p * q * (p + q)
 
 
 def _svc(p: int, q: int, ranks: Sequence[int]) -> float:
     """The responses of every task in the directions of the sum."""
-    return svd(p, q) + 2 * p * p * q * len(ranks)
+    return svd(p, q) + 2 * p * (p + q) * sum(ranks)
 
 
 def _pico(p: int, q: int, ranks: Sequence[int]) -> float:
-    return 2 * p * p * q * len(ranks) + 9 * p**3
+    return 2 * p * p * sum(ranks) + 9 * p**3
 
 
 def _interference(p: int, q: int, ranks: Sequence[int]) -> float:
-    """CᵀC and C·CᵀC of every core, an eigenproblem of their sum."""
-    return 4 * p * q * q * len(ranks) + 9 * q**3
+    """Σ CᵀC and Σ C·CᵀC through the factors, an eigenproblem of the first."""
+    return 2 * q * (p + q) * sum(ranks) + 9 * q**3
 
 
 def _dop(p: int, q: int, ranks: Sequence[int]) -> float:
@@ -156,7 +157,7 @@ CORES: dict[str, Callable[[int, int, Sequence[int]], float]] = {
     "svd": lambda p, q, ranks: svd(p, q),
     "tsv": lambda p, q, ranks: frames(p, q, ranks) + 2 * thin_svd(p, sum(ranks)) + 4 * p * q * sum(ranks),
     "iso_c": lambda p, q, ranks: svd(p, q),
-    "iso_cts": lambda p, q, ranks: svd(p, q) + len(ranks) * thin_svd(p, q) + 2 * thin_svd(p, q),
+    "iso_cts": lambda p, q, ranks: svd(p, q) + frames(p, q, ranks) + 2 * thin_svd(p, q),
     "core_ties": _ctm, "core_dare_ties": _ctm, "ctm": _ctm, "chordal_mean": _chordal, "karcher_mean": _karcher,
     "quotient_mean": _quotient, "opcm": _opcm, "whitening": _whitening, "whitened_sum": _whitened_sum,
     "knots_ties": lambda p, q, ranks: svd(p, len(ranks) * q), "subspace_boosting": lambda p, q, ranks: svd(p, q),
@@ -190,6 +191,14 @@ def _module(method: str, m: int, n: int, ranks: Sequence[int]) -> tuple[float, f
         entries = PASSES[method] * n * p * T
         work += qr(m, p) + qr(n, p) + thin_svd(p, p)
     return products, work, entries, (m + n) * R * 12.0 + (T + 6) * p * q * 8.0, k
+
+
+def _sketch(m: int, n: int, ranks: Sequence[int], rank: int) -> tuple[float, float, float, float, int]:
+    """As `_module`: 2 + 2 · `STEPS` products with S or Sᵀ, as many for the probes, and a QR after each."""
+    R, vectors = sum(ranks), rank + EXTRA
+    products = 2.0 * (m + n) * R * (2 + 2 * STEPS) * vectors + 2.0 * (m + n) * R * (1 + 2 * STEPS) * PROBES
+    work = (1 + STEPS) * qr(m, vectors) + STEPS * qr(n, vectors)
+    return products, work + qr(n, vectors) + qr(m, vectors) + thin_svd(vectors, vectors), 0.0, (m + n) * R * 4.0, rank
 
 
 def plan(
@@ -241,14 +250,19 @@ def plan(
         each = {name: [a[name].rank for a in what if name in a] for name in shapes}
         read = sum((u.shape[0] + u.shape[1]) * u.rank * a.dtype.itemsize for a in what for u in a.values())
     machine = machine or calibrate()
-    found = {name: _module(method, *shape, each[name]) for name, shape in shapes.items()}
+    asked = rank if entry.share and norms(entry.scale) is None else None
+    sketched = {name: asked for name, shape in shapes.items() if asked and worth(shape, each[name], asked)}
+    found = {
+        name: _sketch(*shape, each[name], sketched[name]) if name in sketched else _module(method, *shape, each[name])
+        for name, shape in shapes.items()
+    }
     products, work, passed = (sum(f[i] for f in found.values()) for i in range(3))
     largest = {name: rank or (max(each[name]) if entry.largest else found[name][4]) for name in found}
     kept = {name: min(f[4], largest[name]) for name, f in found.items()}
     numbers = sum(map(sum, shapes.values())) * max(kept.values())  # all modules are written at one rank
     written, held = numbers * dtype.itemsize, max(f[3] for f in found.values())
     return Plan(
-        method, entry.space, len(shapes), max(map(sum, each.values())), max(kept.values()),
+        method, entry.space, len(shapes), len(sketched), max(map(sum, each.values())), max(kept.values()),
         read, written, read + 8 * numbers + torch.get_num_threads() * held, products, work,
         (read + written + passed) / machine.bytes_per_second + products / machine.matmul + work / machine.factor,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..lowrank import LowRank, add
 from ..values import AUTO, norms
-from .core import Core
+from .core import Core, Spectrum
 from .method import Method
 
 
@@ -15,12 +15,13 @@ class Merged(NamedTuple):
     """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
 
     `sizes` has, for every group (the factors of `lora_opcm` are two), the squared norm of the uncut sum, then those of
-    its parts; it is empty where the scale asks for no norms.
+    its parts; it is empty where the scale asks for no norms. `bound` is that of a sketch.
     """
 
     update: LowRank
     dropped: float
     sizes: list[list[float]]
+    bound: float | None = None
 
 
 class Space(NamedTuple):
@@ -32,9 +33,8 @@ class Space(NamedTuple):
 
 
 def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
-    return (
-        core.lift(found, rank, energy) if isinstance(found, Tensor) else _outside(core, *found).truncate(rank, energy)
-    )
+    inside = isinstance(found, Tensor | Spectrum)
+    return core.lift(found, rank, energy) if inside else _outside(core, *found).truncate(rank, energy)
 
 
 def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
@@ -43,7 +43,11 @@ def _outside(core: Core, left: Tensor, right: Tensor) -> LowRank:
 
 
 def _sizes_in_core(core: Core, found) -> list[list[float]]:
-    size = float(found.square().sum()) if isinstance(found, Tensor) else _outside(core, *found).norm() ** 2
+    if isinstance(found, Tensor | Spectrum):
+        numbers = found.s if isinstance(found, Spectrum) else found
+        size = float(numbers.square().sum())
+    else:
+        size = _outside(core, *found).norm() ** 2
     return [[size, *core.norms()]]
 
 

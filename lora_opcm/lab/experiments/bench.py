@@ -1,16 +1,19 @@
-"""`make bench`: what merging costs, against the dense algorithm and against the floor of reading and writing.
+"""`make bench`: what merging costs, against the dense algorithm, peers, and the floor of reading and writing.
 
-Every part runs in a process of its own, so that its peak memory is its own. Times are wall clock, best of the
-runs named; compare numbers of one run only.
+Every part runs in a process of its own, so that its peak memory is its own, and says the load of the machine while it
+ran. Two ways that are compared run in turn in one process; of their times the ratio of every round is taken, and the
+median of those: other programs slow both. Counts of calls, operations and page faults do not depend on the load.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -23,26 +26,17 @@ from ...files import Adapter
 from ...merging import Core
 from ...merging.rules import project, projected_sum
 from ...streams import ContinualMerger
+from .cost import best, counted, in_turn
 
 app = typer.Typer(add_completion=False)
 
 
 def emit(found: dict) -> None:
-    """Hand the numbers of a part to the process that asked for it."""
-    print(json.dumps(found))
+    """Hand the numbers of a part, and the load it ran under, to the process that asked for it."""
+    print(json.dumps(found | {"load of the machine": os.getloadavg()[0]}))
 
 
 RANK, COUNT = 16, 8
-
-
-def best(function: Callable, runs: int = 3) -> float:
-    """Seconds of the fastest of `runs` calls."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def peak() -> float:
@@ -50,10 +44,12 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def updates(m: int, n: int, count: int = COUNT, seed: int = 0) -> list[LowRank]:
+def updates(m: int, n: int, count: int = COUNT, seed: int = 0, own: float = 1.0) -> list[LowRank]:
+    """Random updates; with `own` below 1 their right factors are one random start and that share of their own."""
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return [LowRank(make(m, RANK), make(RANK, n)) for _ in range(count)]
+    start = make(RANK, n) if own < 1 else torch.zeros(RANK, n)
+    return [LowRank(make(m, RANK), start + own * make(RANK, n)) for _ in range(count)]
 
 
 @app.command()
@@ -82,6 +78,84 @@ def module(size: int = 4096):
         "times faster": dense_seconds / core_seconds,
         "core peak, GB": core_peak, "dense peak, GB": peak(), "gap of one step": gap,
     })  # fmt: skip
+
+
+@app.command()
+def work(size: int = 4096):
+    """(d) One module of work, in float16 to rank 16, against the copy of its factors: step by step, and where adapters
+    lack the module, have one random start or one frozen factor. On one thread, as every module is."""
+    torch.set_num_threads(1)
+    half = lambda parts: [u.to(torch.float16) for u in parts]  # noqa: E731
+    eight = half(updates(size, size))
+    cases = {
+        "8 adapters": eight, "two lack it": [*eight[:6], eight[6].zero(), eight[7].zero()],
+        "one random start": half(updates(size, size, own=0.05)), "one frozen factor": half(updates(size, size, own=0)),
+    }  # fmt: skip
+    copy = lambda: [(u.left.clone(), u.right.clone()) for u in eight]  # noqa: E731
+    ways = {
+        name: lambda parts=parts: merge([Adapter({"w": u}) for u in parts], "opcm", rank=RANK)
+        for name, parts in cases.items()
+    }
+    used, ratios = in_turn({"copy": copy} | ways)
+    core = Core.of(eight)
+    total = projected_sum(core, 0.5, "paper")
+    steps, _ = in_turn({
+        "conversion": lambda: [(u.left.float(), u.right.float()) for u in eight],
+        "bases and Gram matrices": lambda: Core.of(eight), "projections": lambda: projected_sum(core, 0.5, "paper"),
+        "lift": lambda: core.lift(total, RANK),
+    })  # fmt: skip
+    counts = {f"{name}: {k}": x for name, way in ways.items() for k, x in counted(way).items()}
+    emit(used | ratios | {f"step: {name}": x for name, x in steps.items()} | counts)
+
+
+@app.command()
+def many(size: int = 4096, count: int = 64):
+    """(e) Joint merges of 64 adapters of one module, uncut; and a sum of 5 · size / 16 adapters cut to rank 16."""
+    adapters = [Adapter({"w": u.to(torch.float16)}) for u in updates(size, size, count)]
+    found = {}
+    for method in ("opcm", "tsv", "whitened_sum", "iso_c", "svd"):
+        before = time.process_time()
+        seconds = best(lambda method=method: merge(adapters, method), 1)
+        found |= {f"{method}, s": seconds, f"{method}, s of the processor": time.process_time() - before}
+    small = [Adapter({"w": u}) for u in updates(size // 4, size // 4, 5 * size // 64)]
+    cut = partial(merge, small, "svd", rank=RANK)
+    used, ratios = in_turn({"sketched sum": cut, "exact sum": partial(cut, sketch=False)}, 2)
+    emit(found | used | ratios | {"peak, GB": peak()})
+
+
+@app.command()
+def peers(size: int = 1024):
+    """(f) Against peft's `add_weighted_adapter` on the same eight adapters of two layers, in turn."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = {str(i): updates(size, size, seed=i) for i in range(2)}
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(layers))
+    model = get_peft_model(torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in layers)), config, "0")
+    for t in range(COUNT):
+        if t:
+            model.add_adapter(str(t), config)
+        for name, parts in layers.items():
+            layer = model.base_model.model.get_submodule(name)
+            layer.lora_A[str(t)].weight.data, layer.lora_B[str(t)].weight.data = parts[t].right, parts[t].left
+    ours = [Adapter({name: parts[t] for name, parts in layers.items()}) for t in range(COUNT)]
+    names = [str(t) for t in range(COUNT)]
+
+    def peft(kind: str, **options) -> Callable:
+        def way():
+            model.add_weighted_adapter(names, [1.0] * COUNT, "merged", kind, svd_rank=RANK, **options)
+            model.delete_adapter("merged")
+
+        return way
+
+    found = {}
+    pairs = {
+        "svd": (lambda: merge(ours, "svd", rank=RANK), peft("svd")),
+        "ties": (lambda: merge(ours, "ties", rank=RANK), peft("ties_svd", density=0.2)),
+    }
+    for name, (way, other) in pairs.items():
+        used, ratio = in_turn({name: way, f"peft's {name}": other}, 2)
+        found |= used | ratio
+    emit(found)
 
 
 @app.command()
@@ -178,6 +252,9 @@ def everything(context: typer.Context, size: int = 4096):
             "8 × Llama-2-7B, disk to disk",
             merged | {"times the floor": merged["opcm, s"] / floor_["floor, s"]},
         )
+    report(f"one module of work, {size}²", run("work", "--size", str(size)))
+    report(f"very many adapters, {size}²", run("many", "--size", str(size)))
+    report("peers", run("peers"))
     report(f"growth with T, {size}²", run("growth", "--size", str(size)))
     report(f"one module, {size}²", run("module", "--size", str(size)))
 

@@ -11,7 +11,7 @@ from ...lowrank import LowRank
 from ...values import Gauge, Share, Value
 from ..core import Core
 from ..method import merge_method
-from .projection import projected_sum
+from .projection import locked_sum
 
 Grams = Annotated[Sequence, Value("a dict of module → XᵀX for every adapter", lambda x: isinstance(x, Sequence))]
 
@@ -30,10 +30,10 @@ def lora_opcm(
 ) -> tuple[LowRank, list[list[float]]]:
     """OPCM on the two factors apart: it merges numbers that only their product gives a meaning."""
     cores = [Core.of(side) for side in sides(updates, gauge)]
-    totals = [projected_sum(core, alpha, "paper") for core in cores]
+    totals = [locked_sum(core, alpha) for core in cores]
     left, right = (core.lift(total)[0].delta() for core, total in zip(cores, totals, strict=True))
     return LowRank(left, right), [
-        [float(total.square().sum()), *core.norms()] for core, total in zip(cores, totals, strict=True)
+        [float(total.s.square().sum()), *core.norms()] for core, total in zip(cores, totals, strict=True)
     ]
 
 

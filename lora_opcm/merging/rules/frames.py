@@ -12,11 +12,15 @@ L^{-1/2} S or S R^{-1/2}, the other of L and R is not needed: two sums are enoug
 Source of TSV-Merge: Gargiulo et al., arXiv 2412.00081.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ...numerics import nonzero, nonzero_svd
 from ...values import AUTO, Limit, Share, Sides
 from ..core import Core
 from ..method import merge_method
@@ -26,14 +30,14 @@ TINY = 1e-6  # relative; an eigenvalue of L below it belongs to directions that 
 ROUNDING = 1e-12  # relative; an eigenvalue of L below it is what a subtraction left of a direction
 
 
-def polar(x: Tensor) -> Tensor:
-    """U Vᵀ of the thin SVD: the nearest matrix with orthonormal columns (or rows); shape of `x`.
+def polar(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """U Vᵀ of the thin SVD of `x`, its nearest matrix with orthonormal columns (or rows); from factors of `dtype`.
 
-    Only nonzero singular directions take part. Where columns depend on each other, as with an adapter given
-    twice, the rest of a full SVD is an arbitrary basis, and the result would depend on the gauge.
+    Only nonzero singular directions take part, σ > 1e-6 σ₁ for every dtype. Where columns depend on each other, as with
+    an adapter given twice, the rest of a full SVD is an arbitrary basis, and the result would depend on the gauge.
     """
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    k = int((s > 1e-6 * s[:1]).sum())
+    u, s, vh = nonzero_svd(x, dtype)
+    k = nonzero(s, torch.float32)
     return u[:, :k] @ vh[:k]
 
 
@@ -42,18 +46,44 @@ def tsv(core: Core, directions: Limit = None) -> Tensor:
     """Stack the leading singular frames of all tasks, whiten both stacks, put the spectra back."""
     frames = [(u[:, :directions], s[:directions], vh[:directions]) for u, s, vh in core.frames()]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*[(u, s, vh.mT) for u, s, vh in frames]))
-    return (polar(u) * s) @ polar(v).mT
+    return (polar(u, core.dtype) * s) @ polar(v, core.dtype).mT
 
 
 @merge_method("whitening", source="this package", keeps="all directions", ordered=True, scale=AUTO)
 def whitening(core: Core) -> Tensor:
     """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra."""
-    left, spectrum, right = core.frames()[0]
-    right = right.mT
-    for u, s, vh in core.frames()[1:]:
-        left, right = polar(torch.cat([left, u], 1)), polar(torch.cat([right, vh.mT], 1))
-        spectrum = torch.cat([spectrum, s])
-    return (left * spectrum) @ right.mT
+    (u, s, vh), *others = core.frames()
+    left, right, spectrum = Whitened(u), Whitened(vh.mT), [s]
+    for u, s, vh in others:
+        left, right = left.add(u, core.dtype), right.add(vh.mT, core.dtype)
+        spectrum.append(s)
+    return (left.frame * torch.cat(spectrum)) @ right.frame.mT
+
+
+class Whitened(NamedTuple):
+    """A whitened stack of frames, and whether its columns are orthonormal: not where some depended on each other."""
+
+    frame: Tensor
+    orthonormal: bool = True
+
+    def add(self, new: Tensor, dtype: torch.dtype) -> "Whitened":
+        """`polar` of [frame new], (n, c) and (n, r) with orthonormal columns, in 6ncr operations.
+
+        With frameᵀ new = A diag(s) Bᵀ the Gram matrix of the stack has the eigenvalues 1 ± s on (aᵢ, ±bᵢ)/√2, and 1
+        elsewhere: its inverse root is the identity and a correction of those ranks.
+        """
+        a, s, bh = torch.linalg.svd(self.frame.mT @ new, full_matrices=False)
+        if not self.orthonormal or bool((s > 1 - 1e-6).any()):
+            return Whitened(polar(torch.cat([self.frame, new], 1), dtype), False)
+        more, less = (1 + s).rsqrt() - 1, (1 - s).rsqrt() - 1
+        same, across = (more + less) / 2, (more - less) / 2
+        old, mixed = self.frame @ a, new @ bh.mT
+        return Whitened(
+            torch.cat([
+                self.frame + (old * same + mixed * across) @ a.mT,
+                new + (old * across + mixed * same) @ bh,
+            ], 1)
+        )  # fmt: skip
 
 
 @merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO)
@@ -63,7 +93,9 @@ def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None, sides: Sides
     `sides` says which are whitened: the outputs (left) L^{-1/2} S, the inputs (right) S R^{-1/2}, or both.
     """
     refuse_flat(power, cap, sides)
-    sums = Sums.empty(*core.cores[0].shape)
+    if cap is None:
+        return Sums.of(core.frames(), power).core(sides)
+    sums = Sums.empty(*core.shape)
     for frames in core.frames():
         sums = sums.add(frames, power, cap, sides)
     return sums.left @ sums.core(sides) @ sums.right.mT
@@ -93,7 +125,8 @@ def pico(core: Core) -> Tensor:
     It is meant to go before any rule; this is the sum after it.
     """
     sizes = [size**0.5 for size in core.norms() if size]
-    values, u = torch.linalg.eigh(torch.stack([c @ c.mT for c in core.cores]).sum(0))
+    weighed = torch.cat([f.left @ (f.right @ f.right.mT) for f in core.factors], 1)
+    values, u = torch.linalg.eigh(weighed @ torch.cat([f.left for f in core.factors], 1).mT)  # Σ CₜCₜᵀ
     shares = values.clamp_min(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
     found = (u / (1 + (len(sizes) - 1) * shares)) @ (u.mT @ core.total())
     mean, norm = sum(sizes) / max(len(sizes), 1), float(found.norm())
@@ -132,6 +165,14 @@ class Sums:
         zeros = lambda a, b: torch.zeros(a, b, dtype=torch.float64)  # noqa: E731
         return cls(zeros(m, 0), zeros(n, 0), zeros(0, 0), zeros(0, 0), zeros(0, 0))
 
+    @classmethod
+    def of(cls, svds: Sequence[SVD], power: float) -> "Sums":
+        """Of all updates at once, each U (m, r), σ (r,), Vᵀ (r, n) with m, n small: in the frames of all directions."""
+        taken = [_shares(svd, power) for svd in svds]
+        u, s, v, share = (torch.cat(x, -1) for x in zip(*((u, s, vh.mT, w) for u, s, vh, w in taken), strict=True))
+        left, right = (torch.eye(len(x), dtype=torch.float64) for x in (u, v))
+        return cls(left, right, (u * s) @ v.mT, (u * share) @ u.mT, (v * share) @ v.mT)
+
     def add(self, svd: SVD, power: float, cap: int | None, sides: str = "both") -> "Sums":
         """With one more update, given as U (m, r), σ (r,), Vᵀ (r, n).
 
@@ -139,13 +180,13 @@ class Sums:
         not depend on the order of additions, nor what is kept on the sides.
         """
         u, s, vh, share = _shares(svd, power)
-        left, a, b = _extend(self.left, u)
-        right, c, d = _extend(self.right, vh.mT)
+        left, b = _extended(self.left, u)
+        right, d = _extended(self.right, vh.mT)
         grown = Sums(
             left, right,
-            a @ self.S @ c.mT + (b * s) @ d.mT,
-            a @ self.L @ a.mT + (b * share) @ b.mT,
-            c @ self.R @ c.mT + (d * share) @ d.mT,
+            _bordered(self.S, b, d) + (b * s) @ d.mT,
+            _bordered(self.L, b, b) + (b * share) @ b.mT,
+            _bordered(self.R, d, d) + (d * share) @ d.mT,
         )  # fmt: skip
         if cap is None or max(grown.S.shape) <= cap:
             return grown
@@ -190,10 +231,31 @@ def _range(x: Tensor, before: Tensor) -> Tensor:
     return vectors[:, values > ROUNDING * size]
 
 
-def _extend(frame: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal frame of both spans, and the coordinates of `frame` and of `new` in it."""
-    rest = new - frame @ (frame.mT @ new)
+def _extended(frame: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal frame of both spans, and the coordinates of `new` in it."""
+    beside, inside, outside = extend(frame, new, TINY)
+    return torch.cat([frame, beside], 1), torch.cat([inside, outside])
+
+
+def _bordered(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x with zero rows and columns, as many as these coordinates have."""
+    return F.pad(x, (0, len(right) - x.shape[1], 0, len(left) - x.shape[0]))
+
+
+def extend(frame: Tensor, new: Tensor, tiny: float = 1e-10) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal columns beside `frame` (n, c) that hold what of `new` (n, r) is outside it; `new` in both.
+
+    Returns E (n, e), e ≤ r, and the coordinates of `new` in the frame (c, r) and in E (e, r). What of `new` is below
+    `tiny` of its columns is left out.
+    """
+    inside = frame.mT @ new
+    rest = new - frame @ inside
     rest = rest - frame @ (frame.mT @ rest)  # twice is enough
-    u, s, _ = torch.linalg.svd(rest, full_matrices=False)
-    both = torch.cat([frame, u[:, s > TINY]], 1)
-    return both, both.mT @ frame, both.mT @ new
+    sizes = new.norm(dim=0)
+    beside, r = torch.linalg.qr(rest)
+    if r.shape[0] < r.shape[1] or bool((r.diagonal().abs() <= 1e-4 * sizes).any()):
+        u, s, _ = torch.linalg.svd(rest / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), full_matrices=False)
+        beside = u[:, s > tiny]
+        beside = beside - frame @ (frame.mT @ beside)  # what rounding left of the frame in a small column
+        r = beside.mT @ rest
+    return beside, inside, r

@@ -47,11 +47,12 @@ def least_interference(core: Core, weights: Sequence[float], near: Tensor, ridge
 
     λ is the share `ridge` of the largest eigenvalue of Σ wₜCₜᵀCₜ.
     """
-    cores = core.cores
-    gram = torch.stack([w * c.mT @ c for w, c in zip(weights, cores, strict=True)])
-    values, v = torch.linalg.eigh(gram.sum(0))
+    a = torch.cat([f.right for f in core.factors])
+    grams = [w * f.left.mT @ f.left for w, f in zip(weights, core.factors, strict=True)]  # of the size of a rank
+    b = [f.left @ (f.right @ f.right.mT) @ g for f, g in zip(core.factors, grams, strict=True)]
+    values, v = torch.linalg.eigh(a.mT @ torch.cat([g @ f.right for f, g in zip(core.factors, grams, strict=True)]))
     shift = ridge * values[-1:].clamp_min(0)
-    right = torch.stack([c @ g for c, g in zip(cores, gram, strict=True)]).sum(0) + shift * near
+    right = torch.cat(b, 1) @ a + shift * near
     total = values + shift
     keep = total > TINY * total[-1:]
     return (right @ v[:, keep] / total[keep]) @ v[:, keep].mT

@@ -5,15 +5,21 @@ the code released with it (FusionBench). The two do not project alike; `variant`
 
 The projection does not see the scale of the merged update M, so λ never compounds: M is the plain sum
 S = Σ P_t(Δ_t) times one final scale, the mean norm of the adapters over ‖S‖.
+
+With the two-sided cut the k protected directions stay singular directions of S for good: nothing that is let in
+touches them. So a step decomposes what lies beyond them only, bordered by the new update: with half of the nuclear
+norm protected, about an eighth of the operations of decomposing S anew.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...numerics import nonzero_svd
+from ...numerics import nonzero, nonzero_svd
 from ...values import Share, Variant, expect
-from ..core import Core
+from ..core import Core, Spectrum
 from ..method import merge_method
+from .frames import extend
 
 
 @merge_method(
@@ -23,7 +29,7 @@ from ..method import merge_method
     ordered=True,
     scale="norm",
 )
-def opcm(core: Core, alpha: Share = 0.5, variant: Variant = "paper") -> Tensor:
+def opcm(core: Core, alpha: Share = 0.5, variant: Variant = "paper") -> Tensor | Spectrum:
     """One adapter at a time: a sum of updates, each projected off what is there already."""
     return projected_sum(core, alpha, variant)
 
@@ -81,8 +87,10 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
     return delta - u @ overlap @ vh
 
 
-def projected_sum(core: Core, alpha: float, variant: str) -> Tensor:
+def projected_sum(core: Core, alpha: float, variant: str) -> Tensor | Spectrum:
     """S = Σ P_t(Cₜ) of one module, all adapters at hand; (p, q). At step t only the live part is touched."""
+    if variant == "paper":
+        return locked_sum(core, alpha)
     cores = core.cores
     total = cores[0].clone()
     for t in range(1, len(cores)):
@@ -90,3 +98,44 @@ def projected_sum(core: Core, alpha: float, variant: str) -> Tensor:
         merged = total[: core.live(t)[0], : core.live(t)[1]]
         total[:p, :q] += project(cores[t][:p, :q], merged, alpha, variant, core.dtype)
     return total
+
+
+def locked_sum(core: Core, alpha: float) -> Spectrum:
+    """`projected_sum` of the two-sided cut.
+
+    In the bases [U_k U' E] and [V_k V' F], E and F what the next update adds to them, the sum with it is
+    block-diagonal: Σ_k, and a block of Σ' and the update with its diagonal cleared. Only that block is decomposed, and
+    only columns of U' and V' are written: `s` is in no order.
+    """
+    frames = [torch.zeros(n, min(n, sum(f.rank for f in core.factors)), dtype=torch.float64) for n in core.shape]
+    s = frames[0].new_zeros(0)
+    for t, update in enumerate(core.factors):
+        before, after = core.live(t), core.live(t + 1)
+        order, news = s.argsort(descending=True), (update.left[: after[0]], update.right[:, : after[1]].mT)
+        k = cut(s[order], alpha)
+        rest = order[k:]
+        parts = [_beside(x[:, : len(s)], new, old) for x, new, old in zip(frames, news, before, strict=True)]
+        left, right = (torch.cat([inside[rest], outside]) for _, inside, outside in parts)
+        block = left @ right.mT
+        block.diagonal()[: len(rest)] = s[rest]
+        u, found, vh = nonzero_svd(block, core.dtype)
+        more = len(found) - len(rest)
+        where = torch.cat([rest, torch.arange(len(s), len(s) + more)]) if more > 0 else rest[: len(found)]
+        for frame, new, (beside, _, _), turn in zip(frames, news, parts, (u, vh.mT), strict=True):
+            frame[: len(new), where] = torch.cat([frame[: len(new), rest], beside], 1) @ turn
+        s = torch.cat([s, found[len(rest) :]]).index_copy(0, where, found)
+        if more < 0:  # what the new update cancelled
+            keep = torch.cat([order[:k], where])
+            s, frames = s[keep], [torch.cat([x[:, keep], torch.zeros_like(x[:, len(keep) :])], 1) for x in frames]
+    order = s.argsort(descending=True)
+    order = order[: nonzero(s[order], core.dtype)]
+    return Spectrum(frames[0][:, order], s[order], frames[1][:, order].mT)
+
+
+def _beside(frame: Tensor, new: Tensor, before: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`extend`, where the rows of `new` are those the frame has, `before`, and new ones; often they say all of it."""
+    frame = frame[: len(new)]
+    if before == frame.shape[1] == len(new) - new.shape[1]:  # the frame holds all there was
+        beside = torch.eye(len(new), dtype=new.dtype)[:, before:]
+        return beside, frame[:before].mT @ new[:before], new[before:]
+    return extend(frame, new)

@@ -3,21 +3,22 @@
 import torch
 from torch import Tensor
 
+from ...lowrank import LowRank
 from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
 from ...values import AUTO, Density, Energy, Limit, Share
-from ..core import Core
+from ..core import Core, Spectrum
 from ..method import merge_method
 from .frames import polar
 
 
 @merge_method("iso_c", source="Marczak et al., arXiv 2502.04959", keeps="one sum", scale=AUTO)
-def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Tensor:
+def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Spectrum:
     """The sum, cut to `rank`, with its spectrum made flat: U σ̄ Vᵀ, σ̄ the mean of the singular values kept.
 
     Cut first: of a flat spectrum any directions could be dropped, and rounding would choose.
     """
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
-    return (s.mean() if len(s) else 0.0) * u @ vh
+    return Spectrum(u, s.mean().expand_as(s) if len(s) else s, vh)
 
 
 @merge_method("iso_cts", source="Marczak et al., arXiv 2502.04959", scale=AUTO)
@@ -26,23 +27,24 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
 
     With `rank` or `energy` it is that many directions of the sum that the shares are of.
     """
-    cores = core.cores
+    count = len(core.factors)
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
-    each = min(round((1 - common) * len(s) / len(cores)), len(s) // len(cores))
-    k = len(s) - each * len(cores)
+    each = min(round((1 - common) * len(s) / count), len(s) // count)
+    k = len(s) - each * count
     left, spectrum, right = [u[:, :k]], [s[:k]], [vh[:k].mT]
-    for c in cores if each else []:
-        ut, st, vt = nonzero_svd(c - u[:, :k] @ (u[:, :k].mT @ c), core.dtype)
-        kept = min(each, int((st > RTOL_SINGLE * c.norm()).sum()))  # of a task the common ones hold, rounding is left
+    for f in core.factors if each else []:
+        ut, st, vt = LowRank(f.left - u[:, :k] @ (u[:, :k].mT @ f.left), f.right).svd()
+        kept = min(each, int((st > RTOL_SINGLE * f.norm()).sum()))  # of a task the common ones hold, rounding is left
         left.append(ut[:, :kept])
         spectrum.append(st[:kept])
         right.append(vt[:kept].mT)
     mean = torch.cat(spectrum).mean() if len(s) else 0.0
-    return mean * polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).mT
+    u, v = (polar(torch.cat(x, 1), core.dtype) for x in (left, right))
+    return mean * u @ v.mT
 
 
 @merge_method("subspace_boosting", source="Skorobogat et al., arXiv 2506.16506", keeps="one sum", scale=AUTO)
-def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy: Energy = None) -> Tensor:
+def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy: Energy = None) -> Spectrum:
     """The sum, cut to `rank`, with its small singular values raised: to the first by which a share `beta` is reached.
 
     U diag(max(σᵢ, σ_c)) Vᵀ with c the smallest index at which σ₁ + … + σ_c ≥ β Σ σᵢ. At β = 0 the spectrum is flat, at
@@ -52,11 +54,11 @@ def subspace_boosting(core: Core, beta: Share = 0.5, rank: Limit = None, energy:
     """
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
     below = int((s.cumsum(0) < beta * s.sum() * (1 - 1e-12)).sum())
-    return (u * s.clamp_min(s[min(below, len(s) - 1)] if len(s) else 0.0)) @ vh
+    return Spectrum(u, s.clamp_min(s[min(below, len(s) - 1)] if len(s) else 0.0), vh)
 
 
 @merge_method("svc", source="Li et al., arXiv 2602.05536", scale=AUTO)
-def svc(core: Core, alpha: Density = 1.0) -> Tensor:
+def svc(core: Core, alpha: Density = 1.0) -> Spectrum:
     """Singular value calibration: the sum, with the directions of outputs that it counts several times scaled down.
 
     UΣVᵀ of the sum becomes U diag(γᵢσᵢ) Vᵀ with γᵢ = T / Σₜ max(α, sₜᵢ), and sₜᵢ = ⟨a, aₜ⟩ / ‖aₜ‖² says how often the
@@ -66,12 +68,13 @@ def svc(core: Core, alpha: Density = 1.0) -> Tensor:
     """
     u, s, vh = nonzero_svd(core.total(), core.dtype)
     counted = torch.zeros_like(s)
-    for c in core.cores:
-        response = u.mT @ c
+    for f in core.factors:
+        response = u.mT @ f.left @ f.right
         size = response.square().sum(1)
-        there = size > (RTOL_SINGLE * c.norm()) ** 2
+        there = size > (RTOL_SINGLE * f.norm()) ** 2
         counted += torch.where(there, s * (response * vh).sum(1) / size.where(there, 1), 0).clamp_min(alpha)
-    return (u * (len(core.factors) / counted * s)) @ vh
+    s, order = (len(core.factors) / counted * s).sort(descending=True)
+    return Spectrum(u[:, order], s, vh[order])
 
 
 def leading(x: Tensor, dtype: torch.dtype, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Tensor]:

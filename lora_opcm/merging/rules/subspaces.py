@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import geometry
 from ...numerics import RTOL_SINGLE
 from ...values import AUTO, Count, Density, Limit, Rule
-from ..core import Core
+from ..core import Core, Spectrum
 from ..method import merge_method
 from .entries import canonical, elect, trim
 from .frames import polar
@@ -24,7 +24,7 @@ def onto(core: Core, left: Tensor, right: Tensor) -> Tensor:
     return left @ inside @ right.mT
 
 
-def leading(core: Core, k: int | None, common: bool) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+def leading(core: Core, k: int | None, common: bool) -> tuple[list[Spectrum], int]:
     """The thin SVDs of the cores that are not zero, and k, their largest rank unless given.
 
     It is cut to what there is: with `common` to the directions that each of them has, else to what all of them span.

@@ -6,25 +6,29 @@ from ..core import Core
 from ..method import merge_method
 
 
-@merge_method("cat", source="exact sum; peft's cat", keeps="one sum", plain=True)
+def whole(count: int) -> float:
+    return 1.0
+
+
+@merge_method("cat", source="exact sum; peft's cat", keeps="one sum", plain=True, share=whole)
 def cat(core: Core) -> Tensor:
     """The exact sum of the updates, of the sum of their ranks."""
     return core.total()
 
 
-@merge_method("mean", source="Wortsman et al., arXiv 2203.05482", keeps="one sum")
+@merge_method("mean", source="Wortsman et al., arXiv 2203.05482", keeps="one sum", share=lambda count: 1 / count)
 def mean(core: Core) -> Tensor:
     """The mean of the updates."""
     return core.total() / len(core.factors)
 
 
-@merge_method("task_arithmetic", source="Ilharco et al., arXiv 2212.04089", keeps="one sum", plain=True)
+@merge_method("task_arithmetic", source="Ilharco et al., arXiv 2212.04089", keeps="one sum", plain=True, share=whole)
 def task_arithmetic(core: Core) -> Tensor:
     """The sum of the updates, as large as they are together."""
     return core.total()
 
 
-@merge_method("svd", source="Eckart and Young 1936; peft's svd", keeps="one sum", largest=True)
+@merge_method("svd", source="Eckart and Young 1936; peft's svd", keeps="one sum", largest=True, share=whole)
 def svd(core: Core) -> Tensor:
     """The sum, cut to the largest rank among the adapters unless told otherwise."""
     return core.total()

@@ -1,0 +1,44 @@
+"""How the bench measures: counts that do not depend on the load, and ratios of ways that ran in turn."""
+
+import sys
+
+import pytest
+import torch
+
+from lora_opcm.lab.experiments.cost import counted, in_turn
+from lora_opcm.parallel import parallel_map
+
+COST = sys.modules[in_turn.__module__]
+
+
+def test_counts_are_of_one_call():
+    a, b = torch.ones(30, 40), torch.ones(40, 50)
+    found = counted(lambda: (a @ b).abs().sum())
+    assert found["torch calls"] == 3 and found["products, Gflop"] == pytest.approx(2 * 30 * 40 * 50 / 1e9)
+    assert counted(lambda: torch.zeros(2**25))["page faults"] > 1000 * (found["page faults"] < 1000)
+
+
+def test_counts_are_of_all_threads():
+    numbers = [torch.ones(3)] * 5
+    torch.set_num_threads(2)
+    try:
+        assert counted(lambda: parallel_map(torch.abs, numbers))["torch calls"] == 5
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_ratios_are_the_median_of_rounds_in_turn_without_the_first(monkeypatch):
+    """On clocks that a way moves by 2, the other by 3, 30 (once) and, in the first round, 1000."""
+    now, order = [0.0], []
+    for clock in ("perf_counter", "process_time"):
+        monkeypatch.setattr(COST.time, clock, lambda: now[0])
+    slow = iter([1000.0, 3.0, 30.0, 3.0])
+
+    def move(name, by):
+        order.append(name)
+        now[0] += by()
+
+    ways = {"one": lambda: move("one", lambda: 2.0), "other": lambda: move("other", lambda: next(slow))}
+    used, ratios = in_turn(ways, 3)
+    assert ratios == {"other / one": 1.5} and used == {"one, ms": 2000.0, "other, ms": 3000.0}
+    assert order == ["other", "one", "one", "other"] * 2
