@@ -1,6 +1,7 @@
 """The public names of the package, which `lora_opcm` hands on when they are asked for."""
 
 from .files import Adapter, AdapterError, adapter_path, data_dir, load_adapter, save_adapter
+from .files.fuse import fuse
 from .files.live import attach, from_peft
 from .files.paired import align, similarity
 from .geometry import phi, principal_angles
@@ -23,6 +24,7 @@ __all__ = [
     "attach",
     "data_dir",
     "from_peft",
+    "fuse",
     "load_adapter",
     "merge",
     "merge_method",

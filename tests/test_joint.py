@@ -7,8 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_opcm import Adapter, LowRank, merge
 from lora_opcm.merging import Basis, Core, Spectrum
-from lora_opcm.merging.rules import opcm, project, whitened_sum, whitening
+from lora_opcm.merging.rules import opcm, project, projection, whitened_sum, whitening
 from lora_opcm.merging.rules.frames import Sums, extend
+
+
+@pytest.fixture(autouse=True)
+def locked(monkeypatch):
+    """OPCM keeps account of what is locked however few the adapters are."""
+    monkeypatch.setattr(projection, "SMALL", 0)
 
 
 def spectra(count, m=90, n=70, r=4, seed=0, dtype=torch.float64):

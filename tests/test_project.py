@@ -154,7 +154,7 @@ def test_functions_named_on_the_notation_page_exist():
 
 
 def test_published_table_is_complete():
-    from lora_opcm.lab.evidence.tables import HEADLINE, headline
+    from lora_opcm.lab.evidence.tables import HEADLINE, headline, published
 
     table = headline()
     assert set(table.index) == set(HEADLINE) and table.gain.is_monotonic_decreasing
@@ -164,6 +164,10 @@ def test_published_table_is_complete():
     gain, (low, high) = table.gain, table.loc["TSV", ["low", "high"]]
     assert f"{gain['TSV']:.0f} % of what the eight had gained [{low:.0f}, {high:.0f}]" in said
     assert f"{gain['OPCM']:.0f} % by OPCM" in said and f"{gain['mean']:.0f} % as a plain mean" in said
+    run = published()
+    pairs = {label: outcomes for (label, _), outcomes in run.select("pairs", (1,)).items()}
+    tsv, mean = run.row(pairs["TSV"], lambda outcome: (0, 1)).value, run.row(pairs["mean"]).value
+    assert f"TSV at its own length keeps {tsv:.0f} %, the mean {mean:.0f} %" in said
 
 
 def test_references_are_the_works_the_pages_cite():

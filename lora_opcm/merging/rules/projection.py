@@ -21,6 +21,8 @@ from ..core import Core, Spectrum
 from ..method import merge_method
 from .frames import extend
 
+SMALL = 80  # summed rank up to which decomposing all of the sum costs less than keeping account of what is locked
+
 
 @merge_method(
     "opcm",
@@ -89,7 +91,7 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
 
 def projected_sum(core: Core, alpha: float, variant: str) -> Tensor | Spectrum:
     """S = Σ P_t(Cₜ) of one module, all adapters at hand; (p, q). At step t only the live part is touched."""
-    if variant == "paper":
+    if variant == "paper" and sum(f.rank for f in core.factors) > SMALL:
         return locked_sum(core, alpha)
     cores = core.cores
     total = cores[0].clone()
