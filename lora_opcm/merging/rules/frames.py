@@ -88,7 +88,7 @@ class Whitened(NamedTuple):
 
 @merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO)
 def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None, sides: Sides = "both") -> Tensor:
-    """L^{-1/2} S R^{-1/2} from three running sums; TSV at power 0. One side alone needs two sums. See above.
+    """The sum, whitened by what its directions share: L^{-1/2} S R^{-1/2} of three running sums; TSV at power 0.
 
     `sides` says which are whitened: the outputs (left) L^{-1/2} S, the inputs (right) S R^{-1/2}, or both.
     """
