@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from ... import LowRank, load_adapter, merge, save_adapter
 from ...files import Adapter
 from ...merging import Core
-from ...merging.rules import project, projected_sum
+from ...merging.rules import opcm, project
 from ...streams import ContinualMerger
 from .cost import best, counted, in_turn
 
@@ -56,7 +56,7 @@ def updates(m: int, n: int, count: int = COUNT, seed: int = 0, own: float = 1.0)
 def module(size: int = 4096):
     """(a) OPCM of 8 adapters on one square module: core space against the dense algorithm."""
     parts = updates(size, size)
-    core_seconds = best(lambda: (lambda c: c.lift(projected_sum(c, 0.5, "paper")))(Core.of(parts)), 5)
+    core_seconds = best(lambda: (lambda c: c.lift(opcm(c)))(Core.of(parts)), 5)
     core_peak = peak()
     merged, delta = parts[0].delta(), parts[1].delta()
 
@@ -98,10 +98,10 @@ def work(size: int = 4096):
     }
     used, ratios = in_turn({"copy": copy} | ways)
     core = Core.of(eight)
-    total = projected_sum(core, 0.5, "paper")
+    total = opcm(core)
     steps, _ = in_turn({
         "conversion": lambda: [(u.left.float(), u.right.float()) for u in eight],
-        "bases and Gram matrices": lambda: Core.of(eight), "projections": lambda: projected_sum(core, 0.5, "paper"),
+        "bases and Gram matrices": lambda: Core.of(eight), "projections": lambda: opcm(core),
         "lift": lambda: core.lift(total, RANK),
     })  # fmt: skip
     counts = {f"{name}: {k}": x for name, way in ways.items() for k, x in counted(way).items()}
@@ -205,7 +205,7 @@ def growth(size: int = 4096, cap: int = 64):
     rows = {}
     for count in (2, 4, 8, 16, 32, 64):
         parts = updates(size, size, count)
-        joint = best(lambda parts=parts: (lambda c: c.lift(projected_sum(c, 0.5, "paper")))(Core.of(parts)), 1)
+        joint = best(lambda parts=parts: (lambda c: c.lift(opcm(c)))(Core.of(parts)), 1)
         adapters = [Adapter({"w": u}) for u in parts]
         merger = ContinualMerger(alpha=0.5, rank=cap)
         for a in adapters[:-1]:

@@ -33,6 +33,8 @@ SMALL = 80  # summed rank up to which decomposing all of the sum costs less than
 )
 def opcm(core: Core, alpha: Share = 0.5, variant: Variant = "paper") -> Tensor | Spectrum:
     """One adapter at a time: a sum of updates, each projected off what is there already."""
+    if variant == "paper" and sum(f.rank for f in core.factors) > SMALL:
+        return locked_sum(core, alpha)
     return projected_sum(core, alpha, variant)
 
 
@@ -89,10 +91,8 @@ def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) ->
     return delta - u @ overlap @ vh
 
 
-def projected_sum(core: Core, alpha: float, variant: str) -> Tensor | Spectrum:
+def projected_sum(core: Core, alpha: float, variant: str) -> Tensor:
     """S = Σ P_t(Cₜ) of one module, all adapters at hand; (p, q). At step t only the live part is touched."""
-    if variant == "paper" and sum(f.rank for f in core.factors) > SMALL:
-        return locked_sum(core, alpha)
     cores = core.cores
     total = cores[0].clone()
     for t in range(1, len(cores)):
