@@ -32,8 +32,9 @@ from cosmic_ray.plugins import get_operator
 ROOT, LIMIT = Path(__file__).resolve().parent.parent, 120  # seconds for the tests of one mutant
 # What the name of a file of the package begins with → the tests that are there to notice.
 TESTS = {
-    "merging/rules/": "golden references sums opcm methods lowrank",
-    "merging/core": "lowrank golden references scale", "merging/merge": "golden methods values_merge lowrank scale",
+    "merging/rules/": "golden joint references sums opcm methods lowrank",
+    "merging/core": "lowrank golden joint references scale", "merging/sketch": "sketch",
+    "merging/merge": "golden methods values_merge lowrank scale",
     "merging/method": "methods entry_points references lowrank", "merging/shards": "scale",
     "merging/plan": "plan_costs plan values_report lowrank",
     "streams/": "opcm sums values_states entry_points methods", "geometry/": "geometry similarity values references",
@@ -175,7 +176,7 @@ def main() -> int:
     settings.load_profile("mutants")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for name in ("lora_opcm", "tests", "data"):
+        for name in ("lora_opcm", "tests", "data", "book/_ext"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         sys.path[0] = os.environ["PYTHONPATH"] = str(copy)

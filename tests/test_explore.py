@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from conftest import SITE
+from conftest import SITE, swipe
 
 import lora_opcm as lo
 from lora_opcm import geometry
@@ -312,18 +312,6 @@ def test_a_task_has_its_colour(opened):
     assert fills[1:] == colours
 
 
-def _swipe(page, x, y, up=160):
-    """How far the page went after a finger went up."""
-    touch, before = page.context.new_cdp_session(page), page.evaluate("window.scrollY")
-    touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
-    for step in range(1, 9):
-        point = {"x": x, "y": y - up * step / 8}
-        touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
-    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    return page.evaluate("window.scrollY") - before
-
-
 @in_browser
 @PAGES
 def test_a_finger_on_it_scrolls_the_page(name, opened, tally):
@@ -338,7 +326,7 @@ def test_a_finger_on_it_scrolls_the_page(name, opened, tally):
                 x, y = at["x"] + across * at["width"], at["y"] + down * at["height"]
                 if page.evaluate("([x, y]) => !document.elementFromPoint(x, y)?.closest('.lo-handle')", [x, y]):
                     tally["swipes"] += 1
-                    assert _swipe(page, x, y) > 80, (part, across, down)
+                    assert swipe(page, x, y) > 80, (part, across, down)
 
 
 @in_browser
@@ -352,7 +340,7 @@ def test_a_hand_on_the_handle_tilts_the_plane(device, which, opened):
     x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
     assert _numbers(page, ".lo-planes")["angles"] == [0, 60]
     if device is PHONE:
-        assert abs(_swipe(page, x, y, -70)) < 5
+        assert abs(swipe(page, x, y, -70)) < 5
     else:
         page.mouse.move(x, y)
         page.mouse.down()

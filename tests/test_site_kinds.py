@@ -1,7 +1,7 @@
 """Figures, menus, formulas and tables, each kind on every page, under a thumb and under a mouse."""
 
 import pytest
-from conftest import SITE, site_pages
+from conftest import SITE, site_pages, swipe
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
@@ -37,23 +37,10 @@ def _figures(page):
         yield boxes.nth(i)
 
 
-def _swipe(page, touch, x, y, up=160):
-    """How far the page went after a finger went up by 160 px."""
-    before = page.evaluate("window.scrollY")
-    touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
-    for step in range(1, 9):
-        point = {"x": x, "y": y - up * step / 8}
-        touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
-    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    return page.evaluate("window.scrollY") - before
-
-
 @pytest.mark.parametrize("name", site_pages('class="lo-figure"'))
 def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
     """And no mode bar, which on a touch screen is always there, lies over the figure."""
     page = opened(name, PHONE)
-    touch = page.context.new_cdp_session(page)
     stuck, covered = [], []
     shown = """b => JSON.stringify(["xaxis", "yaxis"].map(key => b._fullLayout[key]).map(
         axis => axis?.autorange ? "what the data need" : axis?.range))"""
@@ -66,7 +53,7 @@ def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
             x, y = at["x"] + across * at["width"], at["y"] + down * at["height"]
             if page.evaluate(f"([x, y]) => !document.elementFromPoint(x, y)?.closest('{CONTROLS}')", [x, y]):
                 tally["swipes"] += 1
-                if _swipe(page, touch, x, y) < 80:
+                if swipe(page, x, y) < 80:
                     stuck.append((i, across, down))
         if box.evaluate(shown) != before:
             stuck.append((i, "zoomed"))
@@ -76,7 +63,6 @@ def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
 @pytest.mark.parametrize("name", site_pages('"scene":'))
 def test_a_finger_turns_space_once_asked_to(name, opened):
     page = opened(name, PHONE)
-    touch = page.context.new_cdp_session(page)
     for box in _figures(page):
         if not box.locator(".gl-container canvas").count():
             continue
@@ -85,11 +71,11 @@ def test_a_finger_turns_space_once_asked_to(name, opened):
         box.locator("+ .lo-turn").tap()
         at = box.locator(".gl-container canvas").bounding_box()
         middle = (at["x"] + at["width"] / 2, at["y"] + at["height"] / 2)
-        assert abs(_swipe(page, touch, *middle)) < 5
+        assert abs(swipe(page, *middle)) < 5
         page.wait_for_timeout(300)
         assert box.evaluate(camera) != before
         box.locator("+ .lo-turn").tap()
-        assert _swipe(page, touch, *middle) >= 80
+        assert swipe(page, *middle) >= 80
 
 
 @THEMES
