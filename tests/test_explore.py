@@ -404,7 +404,7 @@ def test_a_picture_stays_without_scripts_and_on_paper(name, browser, server, ope
 @PAGES
 def test_it_works_from_a_disk(name, opened):
     page = opened(name, base=SITE.resolve().as_uri(), console=False)  # there the theme misses its fonts
-    assert page.locator(".lo-explore svg").first.bounding_box()["height"] > 200
+    page.wait_for_function("() => document.querySelector('.lo-explore svg').getBoundingClientRect().height > 200")
 
 
 @in_browser
