@@ -50,7 +50,7 @@ Prove it.
 :class: dropdown
 
 ```python
-assert True
+x = 1 + 1
 ```
 :::
 
@@ -107,7 +107,7 @@ $$ x = y \\tag{{1.1}} $$
 <summary><b>Solution of Exercise 1.1</b></summary>
 
 ```python
-assert True
+x = 1 + 1
 ```
 
 </details>
