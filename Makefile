@@ -10,7 +10,8 @@ export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*' -not -path 'book/paper/*') _config.yml _toc.yml
 EXECUTED := $(wildcard _build/quick/executed/*.ipynb _build/gpu/executed/*.ipynb)
 PROFILE ?= quick
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup# a test waits for disk, browser or kernel half of its time
+# A test waits for disk, browser or kernel half of its time; threads of linear algebra would spin on each other's cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
 .PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures paper cards release address lint clean help
@@ -27,7 +28,7 @@ book: experiments  ## install, fetch the data, run the experiments, build the si
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser
 	@$(MAKE) --no-print-directory _build/site/index.html
 	@$(BIN)/python book/_ext/chromium.py || true  # without a browser its tests are skipped, and the run is not green
-	$(BIN)/pytest $(SIDE_BY_SIDE)
+	$(PYTEST)
 
 experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full, gpu or rehearsal; DRY_RUN=1 lists it
 	$(SNAKEMAKE) --config profile=$(PROFILE) $(if $(DRY_RUN),--dry-run)
@@ -42,7 +43,7 @@ publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a
 	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 
 quick: $(BIN)/.ready  ## the fast tests, under 90 seconds
-	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not browser and not nightly"
+	$(PYTEST) -m "not slow and not browser and not nightly"
 
 mutants: $(BIN)/.ready  ## change the package in N=100 places drawn by SEED=0 (N=0: in all), one at a time: which do the fast tests miss?
 	$(BIN)/python tests/mutants.py $(or $(N),100) --seed $(or $(SEED),0) $(if $(LEAST),--least $(LEAST))

@@ -13,9 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GEOMSTATS_BACKEND", "numpy")
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores are in each other's way
-    torch.set_num_threads(1)
-
 SITE = Path(__file__).parent.parent / "_build" / "site"
 SITE_TALLY = pytest.StashKey()  # Counter of what the tests of the site looked at, in this process
 
@@ -53,6 +50,21 @@ def browser():
             yield browser
     except FileNotFoundError:
         pytest.skip(chromium.MISSING)
+
+
+@pytest.fixture
+def context(browser):
+    """Opens windows of the browser, which wait as long as a loaded machine needs."""
+    opened = []
+
+    def context(**options):
+        opened.append(browser.new_context(**options))
+        opened[-1].set_default_timeout(120_000)  # ms
+        return opened[-1]
+
+    yield context
+    for context in opened:
+        context.close()
 
 
 @pytest.fixture(scope="module")

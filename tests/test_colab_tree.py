@@ -110,18 +110,17 @@ def _all(tokens):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_figures_of_the_copy_draw_themselves(name, browser, server):
+def test_figures_of_the_copy_draw_themselves(name, context, server):
     """Each in a frame of its own, with the script of the site, its text in the colour that the frame has."""
     outputs = [o for c in nbformat.read(SITE / "colab" / name, 4).cells for o in c.get("outputs", [])]
     shown = [o.data["text/html"] for o in outputs if "plotly" in o.get("data", {}).get("text/html", "")]
-    page, troubles = browser.new_page(), []
+    page, troubles = context().new_page(), []
     page.on("pageerror", lambda e: troubles.append(str(e)))
     inked = "all => all.every(text => getComputedStyle(text).fill === 'rgb(1, 2, 3)')"
     for html in shown:
         page.set_content(f'<body style="color: rgb(1, 2, 3)">{html.replace(ADDRESS, f"{server}/")}', wait_until="load")
         page.wait_for_selector(".trace path, .points path, .heatmaplayer image, .gl-container canvas", state="attached")
         assert page.eval_on_selector_all(".xtick text, .ytick text, .legendtext", inked)
-    page.close()
     assert troubles == []
 
 

@@ -89,6 +89,7 @@ def test_one_adapter_missing_means_one_training_and_what_needs_it(checkout):
     }
 
 
+@pytest.mark.slow
 def test_slurm_profile_plans_the_same_jobs(checkout):
     done = snakemake(checkout, "--profile", "profiles/slurm", "--config", "profile=full")
     assert jobs(done)["adapter"] == 16
@@ -108,6 +109,7 @@ def grown(profile):
     return count
 
 
+@pytest.mark.slow
 def test_gpu_profile_lists_every_adapter_and_every_notebook(checkout):
     done = snakemake(checkout, "--config", "profile=gpu")
     assert jobs(done) == {"adapter": grown("gpu"), "notebook": 3, "all": 1}
@@ -117,6 +119,7 @@ def test_gpu_profile_lists_every_adapter_and_every_notebook(checkout):
     assert "_build/gpu/adapters/Llama-2-7b-hf/seed0/humaneval/adapter_model.safetensors" in told
 
 
+@pytest.mark.slow
 def test_rehearsal_is_the_gpu_profile_on_tiny_checkpoints(checkout):
     assert set(PROFILES["rehearsal"]["notebooks"]) == set(PROFILES["gpu"]["notebooks"])
     expected = {"tiny": 1, "adapter": grown("rehearsal"), "notebook": 3, "all": 1}

@@ -127,14 +127,14 @@ def _alone(context):
 
 
 @pytest.fixture
-def opened(browser, server):
+def opened(context, server):
     """Opens a page on a device; its figure is awake and in the middle of the screen."""
-    contexts, troubles, requests = [], [], []
+    troubles, requests = [], []
 
     def opened(name, device=DESKTOP, base=server, console=True, **options):
-        contexts.append(browser.new_context(**device, **options))
-        _alone(contexts[-1])
-        page = contexts[-1].new_page()
+        window = context(**device, **options)
+        _alone(window)
+        page = window.new_page()
         page.on("console", lambda m: troubles.append(m.text) if console and m.type == "error" else None)
         page.on("pageerror", lambda e: troubles.append(str(e)))
         page.on("request", lambda r: requests.append(r.url))
@@ -144,8 +144,6 @@ def opened(browser, server):
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
     assert troubles == []
     assert [u for u in requests if not u.startswith((server, "data:", "blob:", "file:"))] == []
 
@@ -385,14 +383,12 @@ def test_keys_reach_every_control(opened):
 
 @in_browser
 @PAGES
-def test_a_picture_stays_without_scripts_and_on_paper(name, browser, server, opened):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
+def test_a_picture_stays_without_scripts_and_on_paper(name, context, server, opened):
+    page = context(java_script_enabled=False).new_page()
     page.goto(f"{server}/{name}")
     still = page.locator("img[src*='_images/']").first
     still.scroll_into_view_if_needed()
     assert still.bounding_box()["height"] > 200 and len(still.get_attribute("alt")) > 60
-    context.close()
     page = opened(name)
     still = page.locator("img[src*='_images/']").first
     assert not still.is_visible() and page.locator(".lo-explore").is_visible()

@@ -14,6 +14,7 @@ import pytest
 from lora_opcm.lab.evidence import tables
 from lora_opcm.lab.generation import tables as generation
 
+pytestmark = pytest.mark.xdist_group("paper")  # the values are worked out once
 ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "book" / "paper" / "main.tex").read_text(encoding="utf8")
 BODY = SOURCE.split(r"\begin{document}")[1]
@@ -76,6 +77,7 @@ def test_a_typed_number_is_seen(sentence, found):
     assert typed(sentence) == found
 
 
+@pytest.mark.slow
 def test_every_value_that_is_said_has_a_name_and_a_text(paper, values):
     said = {" ".join(name.split()) for name in re.findall(r"\\val\{([^}#]+)\}", BODY)}
     known = {paper.ascii_(name): text for name, text in values.items()}
@@ -122,11 +124,13 @@ def by_hand(method: str, options: dict | None = None) -> float:
     return 100 * (kept - zero) / (own - zero)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["TSV", "OPCM as published", "mean"])
 def test_a_gain_is_that_of_the_outcomes(values, method):
     assert values[f"{method}/gain"] == f"{by_hand(method):.1f}"
 
 
+@pytest.mark.slow
 def test_the_guess_is_that_of_the_marks(values):
     with lzma.open(ROOT / "data" / "results" / generation.FILE, "rt") as file:
         header, *lines = map(json.loads, file)
@@ -139,6 +143,7 @@ def test_the_guess_is_that_of_the_marks(values):
     assert values["puzzles"] == "nine" and len(header["tasks"]) == 9
 
 
+@pytest.mark.slow
 def test_what_the_paper_says_in_words_holds(paper):
     """Sentences without a number that other results would make false."""
     import findings

@@ -12,14 +12,13 @@ PAGE_BYTES = 1_000_000  # of one page, beside the scripts that all pages share
 
 
 @pytest.fixture
-def page(browser):
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+def page(context):
+    page = context(viewport={"width": 1280, "height": 900}).new_page()
     page.requests, page.troubles = [], []
     page.on("request", lambda r: page.requests.append(r.url))
     page.on("console", lambda m: page.troubles.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: page.troubles.append(str(e)))
-    yield page
-    page.close()
+    return page
 
 
 def _scroll_through(page):
@@ -58,8 +57,8 @@ def test_page(name, page, server, tally):
 
 
 @pytest.mark.parametrize("name", _pages())
-def test_page_fits_a_phone(name, browser, server):
-    page = browser.new_page(viewport={"width": 375, "height": 812})
+def test_page_fits_a_phone(name, context, server):
+    page = context(viewport={"width": 375, "height": 812}).new_page()
     page.goto(f"{server}/{name}", wait_until="networkidle")
     _scroll_through(page)
     width = page.evaluate("document.documentElement.scrollWidth")
@@ -68,7 +67,6 @@ def test_page_fits_a_phone(name, browser, server):
         return block && m.getBoundingClientRect().right > block.getBoundingClientRect().right + 1
             && !block.closest(".pst-scrollable-table-container") && !m.closest(".lo-wide");
     }).map(m => m.parentElement.textContent)""")
-    page.close()
     assert width <= 375 and cut == []
 
 
@@ -183,10 +181,9 @@ def test_play_button_moves_the_figure(page, server):
     ],
 )
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_has_no_serious_finding(name, theme, browser, server):
-    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=theme)
+def test_axe_has_no_serious_finding(name, theme, context, server):
+    page = context(viewport={"width": 1280, "height": 900}, color_scheme=theme).new_page()
     page.goto(f"{server}/{name}", wait_until="networkidle")
     _scroll_through(page)
     findings = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
-    page.close()
     assert findings == [], [(v["id"], v["help"], [n["target"] for n in v["nodes"][:3]]) for v in findings]

@@ -12,20 +12,16 @@ CONTROLS = ".slider-container, .updatemenu-container"  # what a finger on a figu
 
 
 @pytest.fixture
-def opened(browser, server):
+def opened(context, server):
     """Opens a page of the site on a device, with every formula set."""
-    contexts = []
 
     def opened(name, device, theme="light"):
-        contexts.append(browser.new_context(**device, color_scheme=theme))
-        page = contexts[-1].new_page()
+        page = context(**device, color_scheme=theme).new_page()
         page.goto(f"{server}/{name}", wait_until="networkidle")
         page.wait_for_function("() => [...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-math'))")
         return page
 
-    yield opened
-    for context in contexts:
-        context.close()
+    return opened
 
 
 def _figures(page):

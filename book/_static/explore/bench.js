@@ -260,10 +260,12 @@
 
     box.append(top, drawing, say);
     controls();
-    new ResizeObserver(() => {
+    const fit = () => {
       if (Math.round(box.clientWidth) === width) return;
       width = Math.round(box.clientWidth);
       draw();
-    }).observe(box);
+    };
+    fit(); // at once: what calls this says next that the figure is ready
+    new ResizeObserver(fit).observe(box);
   };
 })();
