@@ -9,16 +9,22 @@ import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from conftest import SITE, swipe
+from scipy.interpolate import RegularGridInterpolator
 
 import lora_opcm as lo
 from lora_opcm import geometry
+from lora_opcm.files.shipped import results
 from lora_opcm.lab.evidence import tables
 from lora_opcm.site import explore
 from lora_opcm.site.figures import TASK
 
 FOLDER = SITE.parent.parent / explore.FOLDER
-DIAL, BENCH = "book/similarity.html", "book/practice/which_method.html"
-PAGES = pytest.mark.parametrize("name", [DIAL, BENCH], ids=["dial", "bench"])
+DIAL, BENCH, DESK = "book/similarity.html", "book/practice/which_method.html", "book/practice/two_loras.html"
+PAGES = pytest.mark.parametrize("name", [DIAL, BENCH, DESK], ids=["dial", "bench", "desk"])
+FACES = {  # of each figure: what is pressed to see it
+    DIAL: [["in four dimensions"], ["two real adapters", "O(n)"]], BENCH: [["16"], ["two of them"]],
+    DESK: [["the worse-off task"], ["tweets"]],
+}  # fmt: skip
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
@@ -82,6 +88,18 @@ def test_accuracies_of_the_bench_are_counted_texts():
                     assert low <= value <= high
                 rows += 1
     assert rows > 500
+
+
+def test_the_desk_holds_what_was_counted():
+    data, table = explore.read("desk", FOLDER), results("desk")
+    assert len(data["pairs"]) == 28
+    for pair in data["pairs"]:
+        rows = table[(table["first"] == pair["tasks"][0]) & (table["second"] == pair["tasks"][1])]
+        for which, right, texts in zip(("first", "second"), pair["right"], pair["texts"], strict=True):
+            grid = rows.pivot(index="weight of first", columns="weight of second", values=f"{which} right")
+            assert grid.index.tolist() == grid.columns.tolist() == data["weights"]
+            assert np.reshape(right, grid.shape).tolist() == grid.to_numpy().tolist()
+            assert set(rows[f"texts of {which}"]) == {texts}
 
 
 @pytest.mark.slow
@@ -310,13 +328,67 @@ def test_a_task_has_its_colour(opened):
     assert fills[1:] == colours
 
 
+def _counted(task, other):
+    """The share of right texts of a task at its weight and that of the other, straight between what was counted."""
+    table = results("desk")
+    mine, its = (
+        ("first", "second") if ((table["first"] == task) & (table["second"] == other)).any() else ("second", "first")
+    )
+    rows = table[(table[mine] == task) & (table[its] == other)]
+    grid = rows.pivot(index=f"weight of {mine}", columns=f"weight of {its}", values=f"{mine} right")
+    return RegularGridInterpolator((grid.index, grid.columns), grid.to_numpy() / rows[f"texts of {mine}"].iloc[0])
+
+
+@in_browser
+@pytest.mark.parametrize(
+    "first, second, at",
+    [("ng-sci", "tweets", (0.7, 1.15)), ("tweets", "ng-comp", (2, 0.35)), ("reuters-r8", "ng-comp", (0, 0))],
+)
+def test_the_desk_shows_what_was_counted_and_lines_between(first, second, at, opened):
+    page = opened(DESK)
+    page.get_by_role("combobox", name="mix").select_option(first)
+    page.get_by_role("combobox", name="with").select_option(second)
+    for weight, slider in zip(at, page.locator(".lo-weight input").all(), strict=True):
+        slider.fill(str(weight))
+    found, (one, other) = _numbers(page, ".lo-explore"), (_counted(first, second), _counted(second, first))
+    accuracy = [one(at)[0], other(at[::-1])[0]]
+    lost = [100 * (share((1, 0))[0] - now) for share, now in zip((one, other), accuracy, strict=True)]
+    assert found["tasks"] == [first, second] and found["at"] == pytest.approx(at)
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1e-4) and found["lost"] == pytest.approx(lost, abs=1e-2)
+    assert f"{first} loses {lost[0]:.1f} points".replace("-", "−") in page.locator(".lo-say").text_content()
+    shares = page.locator(".lo-mixed .lo-strong").all_text_contents()[1::2]
+    assert shares == [f"{100 * now:.0f} % right" for now in accuracy]
+
+
+@in_browser
+@pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["mouse", "finger"])
+def test_a_hand_on_the_puck_mixes(device, opened):
+    page = opened(DESK, device)
+    puck = page.locator(".lo-puck circle").last
+    puck.evaluate("c => c.scrollIntoView({block: 'center', behavior: 'instant'})")
+    at = puck.bounding_box()
+    x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+    before = _numbers(page, ".lo-explore")
+    if device is PHONE:
+        assert abs(swipe(page, x, y, 60)) < 5
+    else:
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 1, y - 60, steps=5)
+        page.mouse.up()
+    after = _numbers(page, ".lo-explore")
+    assert after["at"][0] == pytest.approx(before["at"][0], abs=0.05) and after["at"][1] > before["at"][1] + 0.2
+    assert after["accuracy"] != before["accuracy"]
+
+
 @in_browser
 @PAGES
 def test_a_finger_on_it_scrolls_the_page(name, opened, tally):
     page = opened(name, PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    for part in ["planes in space", "two real adapters"] if name == DIAL else ["all eight", "two of them"]:
-        _press(page, part)
+    for parts in FACES[name]:
+        for part in parts:
+            _press(page, part)
         for box in page.locator(".lo-explore svg:visible, .lo-grid:visible").all():
             for across, down in ((0.5, 0.5), (0.1, 0.4), (0.85, 0.55), (0.3, 0.8)):
                 box.evaluate("box => box.scrollIntoView({block: 'center', behavior: 'instant'})")
@@ -324,7 +396,7 @@ def test_a_finger_on_it_scrolls_the_page(name, opened, tally):
                 x, y = at["x"] + across * at["width"], at["y"] + down * at["height"]
                 if page.evaluate("([x, y]) => !document.elementFromPoint(x, y)?.closest('.lo-handle')", [x, y]):
                     tally["swipes"] += 1
-                    assert swipe(page, x, y) > 80, (part, across, down)
+                    assert swipe(page, x, y) > 80, (parts, across, down)
 
 
 @in_browser
@@ -408,7 +480,7 @@ def test_it_works_from_a_disk(name, opened):
 @PAGES
 def test_axe_has_no_finding(name, theme, opened):
     page = opened(name, color_scheme=theme, reduced_motion="reduce", console=False)  # axe asks for style sheets
-    for parts in [["in four dimensions"], ["two real adapters", "O(n)"]] if name == DIAL else [["16"], ["two of them"]]:
+    for parts in FACES[name]:
         for part in parts:
             _press(page, part)
         found = Axe().run(page, context=".lo-explore").response["violations"]

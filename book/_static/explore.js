@@ -5,7 +5,7 @@ window.explore = { data: {} };
 (() => {
   "use strict";
   const folder = document.currentScript.src.replace(/explore\.js.*/, "explore/");
-  const NEEDS = { dial: ["linear.js", "needles.js", "planes.js", "board.js"], bench: [] };
+  const NEEDS = { dial: ["linear.js", "needles.js", "planes.js", "board.js"], bench: [], desk: [] };
   const loading = {};
   const load = (file) =>
     (loading[file] ??= new Promise((done, fail) => {

@@ -20,7 +20,7 @@ slower; what is read, written or passed over runs at `Machine.bytes_per_second`.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -42,11 +42,13 @@ PASSES = {"ties": 140, "dare": 30, "dare_ties": 130, "magnitude_prune": 40, "mag
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes read or written a second, operations a second in large products, and in small factorisations."""
+    """Bytes read or written a second, operations a second in large products, and in small factorisations; and how many
+    modules are merged side by side, as many as torch has threads unless it is said."""
 
     bytes_per_second: float
     matmul: float
     factor: float
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def plan(
     written, held = numbers * dtype.itemsize, max(f[3] for f in found.values())
     return Plan(
         method, entry.space, len(shapes), len(sketched), max(map(sum, each.values())), max(kept.values()),
-        read, written, read + 8 * numbers + torch.get_num_threads() * held, products, work,
+        read, written, read + 8 * numbers + machine.threads * held, products, work,
         (read + written + passed) / machine.bytes_per_second + products / machine.matmul + work / machine.factor,
     )  # fmt: skip
 

@@ -17,12 +17,14 @@ import torch
 
 import lora_opcm as lo
 
+from ..files.shipped import results
 from ..geometry import principal_angles, random_frame
 from ..lab.evidence import tables
 from ..lab.evidence.tables import Evidence, Row
 from .figures import METHOD, TASK, colour
 
 FOLDER = Path("book", "_static", "explore")
+OPENS = ("ng-sci", "tweets")  # of the desk
 STEPS = {-2: "½", -1: "1/√2", 0: "1", 1: "√2", 2: "2", 3: "2√2", 4: "4"}  # lengths, in mean norms of the adapters
 PAIRS = {  # of adapters that ship, on the dial
     "ng-sci and tweets": ("ng-sci", "tweets"),
@@ -93,6 +95,18 @@ def bench() -> dict:
     return {"steps": STEPS, "colours": colours, "opens": tables.favourite(whole), "sets": sets}
 
 
+def desk() -> dict:
+    """For every pair how many texts of each task are right, first weights before second, on the grid of weights."""
+    table, pairs = results("desk"), []
+    for tasks, rows in table.groupby(["first", "second"], sort=False):
+        rows = rows.sort_values(["weight of first", "weight of second"])
+        right = [rows[f"{which} right"].tolist() for which in ("first", "second")]
+        texts = [int(rows[f"texts of {which}"].iloc[0]) for which in ("first", "second")]
+        pairs.append({"tasks": tasks, "texts": texts, "right": right})
+    weights = sorted(table["weight of first"].unique())
+    return {"weights": weights, "colours": {name: colour(name) for name in TASK}, "opens": OPENS, "pairs": pairs}
+
+
 def _ends(row: Row) -> dict:
     return {"base": _percent(row.zero[:, 0].mean(0)), "own": _percent(row.own[:, 0].mean(0))}
 
@@ -126,7 +140,7 @@ def _percent(values: Iterable[float]) -> list[float]:
     return [round(100 * float(x), 2) for x in values]
 
 
-MADE = {"dial": dial, "bench": bench}
+MADE = {"dial": dial, "bench": bench, "desk": desk}
 
 
 def write(folder: Path = FOLDER) -> None:

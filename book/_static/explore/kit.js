@@ -32,22 +32,35 @@
     return box;
   }
 
-  // A point of a drawing that moves along a path: `at(value)` says where it stands. Only the handle takes a finger to
-  // itself, so the page scrolls from anywhere else. One that repeats another is not spoken and takes no focus.
-  function handle(drawing, { label, min, max, step, at, said, changed, look, spoken = true }) {
-    const grip = svg("circle", { r: 24, class: "lo-grip" });
-    const slider = { tabindex: 0, role: "slider", "aria-label": label, "aria-valuemin": min, "aria-valuemax": max };
+  // What a finger or a mouse drags in a drawing: `moved` is told the point. Only it takes a finger to itself, so the
+  // page scrolls from anywhere else.
+  function grip(drawing, look, attributes, moved) {
     const g = svg(
       "g",
-      { class: `lo-handle ${look}`, ...(spoken ? slider : { "aria-hidden": "true" }) },
-      grip,
+      { class: `lo-handle ${look}`, ...attributes },
+      svg("circle", { r: 24, class: "lo-grip" }),
       svg("circle", { r: 9 }),
     );
     drawing.append(g);
+    g.addEventListener("pointerdown", (event) => {
+      g.setPointerCapture(event.pointerId);
+      if (g.hasAttribute("tabindex")) g.focus({ preventScroll: true });
+      event.preventDefault();
+    });
+    g.addEventListener("pointermove", (event) => {
+      if (!g.hasPointerCapture(event.pointerId)) return;
+      moved(new DOMPoint(event.clientX, event.clientY).matrixTransform(drawing.getScreenCTM().inverse()));
+    });
+    g.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false }); // touch-action is not for shapes
+    return { g, to: ([x, y]) => g.setAttribute("transform", `translate(${x.toFixed(2)} ${y.toFixed(2)})`) };
+  }
+
+  // A point of a drawing that moves along a path: `at(value)` says where it stands. One that repeats another is not
+  // spoken and takes no focus.
+  function handle(drawing, { label, min, max, step, at, said, changed, look, spoken = true }) {
     let value = min;
     const clip = (v) => Math.min(max, Math.max(min, v));
-    const nearest = (event) => {
-      const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(drawing.getScreenCTM().inverse());
+    const nearest = (point) => {
       let best = [Infinity, value];
       for (let v = min; v <= max; v += step) {
         const [x, y] = at(v);
@@ -56,14 +69,8 @@
       }
       return best[1];
     };
-    const move = (event) => g.hasPointerCapture(event.pointerId) && changed(nearest(event));
-    g.addEventListener("pointerdown", (event) => {
-      g.setPointerCapture(event.pointerId);
-      if (spoken) g.focus({ preventScroll: true });
-      event.preventDefault();
-    });
-    g.addEventListener("pointermove", move);
-    g.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false }); // touch-action is not for shapes
+    const slider = { tabindex: 0, role: "slider", "aria-label": label, "aria-valuemin": min, "aria-valuemax": max };
+    const { g, to } = grip(drawing, look, spoken ? slider : { "aria-hidden": "true" }, (p) => changed(nearest(p)));
     const moves = {
       ArrowRight: 1,
       ArrowUp: 1,
@@ -83,8 +90,7 @@
       g,
       set(next) {
         value = next;
-        const [x, y] = at(value);
-        g.setAttribute("transform", `translate(${x.toFixed(2)} ${y.toFixed(2)})`);
+        to(at(value));
         if (spoken) (g.setAttribute("aria-valuenow", value), g.setAttribute("aria-valuetext", said(value)));
       },
     };
@@ -107,5 +113,5 @@
     };
   }
 
-  explore.kit = { html, svg, choice, handle, line, shape, text, numbers };
+  explore.kit = { html, svg, choice, grip, handle, line, shape, text, numbers };
 })();

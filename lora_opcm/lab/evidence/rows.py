@@ -1,7 +1,7 @@
 """What the published run compares: methods with at most one knob beside the scale, and of which adapters."""
 
 from collections.abc import Iterator
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 
@@ -72,7 +72,6 @@ ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 CUTS = (4, 8, 32, 64, 128)
 SUBSETS = {2: 6, 4: 4, 8: 3, 16: 2, 20: 1}  # how many small tasks → how many draws of them
 PAIR_ROWS = ("task arithmetic", "TIES", "TSV", "OPCM", "whitened sum", "output whitening")
-WEIGHTS = tuple(round(0.3 * i, 1) for i in range(8))  # of the mixing desk: 0 to 2.1
 
 
 def _row(part: str, label: str, rows=None, **rest) -> Trial:
@@ -163,14 +162,6 @@ def knobs(seed: int) -> Iterator[Trial]:
     yield from (_row("rank", label, rank=rank, **rest) for rank in CUTS for label in MAIN)
 
 
-def desk(seed: int, recipe: str) -> Iterator[Trial]:
-    """Weighted sums of two adapters, on a grid of weights."""
-    for names in combinations(tasks(), 2):
-        for factors in product(WEIGHTS, WEIGHTS):
-            rest = {"seed": seed, "recipe": recipe, "factors": factors, "natural": True}
-            yield Trial("desk", f"{factors[0]:g}, {factors[1]:g}", "cat", names, **rest)
-
-
 def published() -> list[Trial]:
     """All trials, what the book's conclusions rest on first."""
     found = [*bake_off(1), *bake_off(2), *bake_off(3), *stream(1), *pairs(1), *growth(1), *bake_off(4), *bake_off(5)]
@@ -185,5 +176,5 @@ def published() -> list[Trial]:
         *stream(2),
         *stream(3),
     ]
-    found += [*knobs(2), *knobs(3), *growth(2), *robustness(2), *desk(0, "book")]
+    found += [*knobs(2), *knobs(3), *growth(2), *robustness(2)]
     return list(dict.fromkeys(found))

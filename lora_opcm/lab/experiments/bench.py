@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -125,7 +126,8 @@ def many(size: int = 4096, count: int = 64):
 
 @app.command()
 def peers(size: int = 1024):
-    """(f) Against peft's `add_weighted_adapter` on the same eight adapters of two layers, in turn."""
+    """(f) On the same eight adapters of two layers, in turn: a merge against peft's `add_weighted_adapter`, and against
+    the common subspace that lorashare makes of their files (SHARE; with the extra `peers`)."""
     from peft import LoraConfig, get_peft_model
 
     layers = {str(i): updates(size, size, seed=i) for i in range(2)}
@@ -154,6 +156,15 @@ def peers(size: int = 1024):
     }
     for name, (way, other) in pairs.items():
         used, ratio = in_turn({name: way, f"peft's {name}": other}, 2)
+        found |= used | ratio
+    if find_spec("lorashare"):
+        from lorashare import SHAREModel
+
+        with tempfile.TemporaryDirectory() as there:
+            files = [str(save_adapter(a, Path(there, f"adapter{t}"), format="peft")) for t, a in enumerate(ours)]
+            way = lambda: merge(files, "chordal_mean", k=2 * RANK)  # noqa: E731
+            other = lambda: SHAREModel.from_adapters(files, num_components=2 * RANK)  # noqa: E731
+            used, ratio = in_turn({"chordal mean of files": way, "lorashare's subspace of files": other}, 2)
         found |= used | ratio
     emit(found)
 
