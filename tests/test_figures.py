@@ -1,10 +1,9 @@
-"""The book's tables and colours."""
+"""The book's tables."""
 
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from lora_opcm.lab.evidence.tables import published
 from lora_opcm.site import figures
 
 FRAME = pd.DataFrame(
@@ -50,20 +49,3 @@ def test_a_column_of_whole_numbers_has_no_decimals():
 def test_a_table_has_five_columns_at_most():
     with pytest.raises(ValueError, match="6 columns, at most 5"):
         _shown()
-
-
-def test_every_task_and_every_published_method_has_a_colour():
-    found = [o.trial for o in published().outcomes if o.trial.part == "bake_off"]
-    assert {task for trial in found for task in trial.tasks} == set(figures.TASK)
-    assert {trial.label for trial in found} <= set(figures.METHOD)
-
-
-@pytest.mark.parametrize(
-    "label, name", [("sci", "ng-sci"), ("rare", "reuters-rare"), ("TSV, scale 0.5", "TSV"), ("tweets", "tweets")]
-)
-def test_a_shortened_name_has_the_colour_of_the_whole(label, name):
-    assert figures.colour(label) == (figures.TASK | figures.METHOD)[name]
-
-
-def test_an_unknown_name_is_grey():
-    assert figures.colour("nobody") == figures.GREY

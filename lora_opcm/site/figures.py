@@ -1,8 +1,4 @@
-"""Plotly figures and tables that more than one chapter uses, and the colours of what they show.
-
-Colour means the task or the method (or the kind of module) through the whole book: one name, one colour. Methods
-that do nearly the same share one. Every colour has a contrast of at least 2 with white and with the dark page.
-"""
+"""Plotly figures and tables that more than one chapter uses."""
 
 import html
 import re
@@ -12,94 +8,21 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from ..command.drawing import (
-    BLUE,
-    CONFIG,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    TEMPLATE,
-    VERMILION,
-    VIOLET,
-    YELLOW,
-    finish,
-)
+from ..command import drawing
+from ..command.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILION, VIOLET, YELLOW
+from .colours import METHOD, TASK, colour, paint
 
 __all__ = [
     "BLUE", "GREEN", "GREY", "METHOD", "ORANGE", "PURPLE", "SKY", "TEMPLATE", "VERMILION", "VIOLET", "YELLOW",
     "TASK", "colour", "comparison", "finish", "slider_lines", "table",
 ]  # fmt: skip
 
-pio.renderers["colab"].config = CONFIG  # a page of the book has the same from its figures.js
-
-TASK = {  # newsgroups in blues, newswire in oranges
-    "ng-comp": "#3366CC",
-    "ng-rec": "#2A8FD0",
-    "ng-sci": BLUE,
-    "ng-politics": "#6C87D9",
-    "ng-religion": "#4C9BC9",
-    "reuters-r8": ORANGE,
-    "reuters-rare": "#B36B00",
-    "tweets": VERMILION,
-}
-
-BROWN, TEAL, ROSE, INDIGO = "#A8623A", "#1B8A8F", "#B8477F", "#5C6BE0"
-METHOD = {
-    "zero-shot": GREY,
-    "own adapter": GREY,
-    "mean": SKY,
-    "task arithmetic": GREEN,
-    "sum, scale 1": GREEN,
-    "running sum": GREEN,
-    "OPCM": PURPLE,
-    "OPCM as published": VERMILION,
-    "OPCM, paper": VERMILION,
-    "OPCM, FusionBench": ORANGE,
-    "OPCM, scale tuned": PURPLE,
-    "TSV": BLUE,
-    "sequential whitening": YELLOW,
-    "whitened sum": VIOLET,
-    "output whitening": TEAL,
-    "input whitening": TEAL,
-    "output whitening, cap 16": TEAL,
-    "whitened sum, p = 0.5": VIOLET,
-    "whitened sum, p = 1": VIOLET,
-    "whitened sum, cap 16": VIOLET,
-    "TSV, 2 directions a task": BLUE,
-    "Iso-C": INDIGO,
-    "Iso-CTS": INDIGO,
-    "chordal mean": TEAL,
-    "quotient mean": TEAL,
-    "compress then merge": TEAL,
-    "factor-wise OPCM": ROSE,
-    "factor-wise OPCM, balanced": ROSE,
-    "magnitude prune": BROWN,
-    "TIES": BROWN,
-    "DARE-TIES": BROWN,
-    "KnOTS-TIES": BROWN,
-    "core TIES": BROWN,
-    "core DARE-TIES": BROWN,
-    "DARE": BROWN,
-    "MagMax": BROWN,
-    "DOP": ORANGE,
-    "Pico": GREEN,
-    "SVC": GREEN,
-    "subspace boosting": GREEN,
-    "WUDI": ROSE,
-    "ACTMat": ROSE,
-    "RegMean, with texts": GREY,
-    "one LoRA on all tasks": GREY,
-}
+pio.renderers["colab"].config = drawing.CONFIG  # a page of the book has the same from its figures.js
 
 
-def colour(name: str) -> str:
-    """Of a task or a method, whether in full or as a label shortens it ("sci", "TSV, scale 0.5")."""
-    for known in (name, f"ng-{name}", f"reuters-{name}", name.split(", ")[0]):
-        if known in TASK or known in METHOD:
-            return (TASK | METHOD)[known]
-    return GREY
+def finish(figure: go.Figure, alt: str, height: int = 420, **layout) -> go.Figure:
+    """The book's template and colours, a height, and the alternative text that screen readers speak."""
+    return paint(drawing.finish(figure, alt, height, **layout))
 
 
 class Table:
@@ -185,7 +108,7 @@ def comparison(rows: pd.DataFrame, metric: str = "recovered gain", alt: str = ""
                 "type": "data", "symmetric": False, "thickness": 2, "width": 0,
                 "array": [100 * (row.high - row.value)], "arrayminus": [100 * (row.value - row.low)],
             },
-            marker={"size": 11, "color": METHOD.get(row.method, GREY)},
+            marker={"size": 11, "color": colour(row.method)},
             mode="markers+text",
             text=[f"{100 * row.value:.0f}"],
             textposition="top center",
