@@ -92,7 +92,8 @@ def test_tasks_have_eight_colours_and_all_are_seen_on_either_page():
     "label, name",
     [
         ("sci", "ng-sci"), ("rare", "reuters-rare"), ("tweets", "tweets"), ("TSV, scale 0.5", "TSV"),
-        ("TSV at √2", "TSV"), ("OPCM, paper", "OPCM, paper"), ("whitened sum, tuned", "whitened sum"), ("lora3, k = 8", "lora3"),
+        ("TSV at √2", "TSV"), ("OPCM, paper", "OPCM, paper"), ("whitened sum, tuned", "whitened sum"),
+        ("lora3, k = 8", "lora3"),
     ],
 )  # fmt: skip
 def test_a_shortened_or_varied_name_has_the_colour_of_the_whole(label, name):
