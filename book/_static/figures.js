@@ -86,6 +86,38 @@
     box.after(button);
   };
 
+  // A click on a point shows all points as differences to it, and another click takes that back. `ends` has the
+  // interval of each point minus every later one, of all traces one after the other.
+  const letPin = (box, Plotly, ends) => {
+    const whole = box.data.map(({ x, error_x }) => ({ x, array: error_x.array, minus: error_x.arrayminus }));
+    const starts = whole.map((_, i) => whole.slice(0, i).reduce((sum, { x }) => sum + x.length, 0));
+    const values = whole.flatMap(({ x }) => x);
+    const title = box.layout.xaxis.title.text;
+    let pin = null;
+    const between = (i, j) => {
+      if (i === j) return [0, 0];
+      const [a, b] = [Math.min(i, j), Math.max(i, j)];
+      const [low, high] = ends[(a * (2 * values.length - a - 1)) / 2 + b - a - 1];
+      return i < j ? [low, high] : [-high, -low];
+    };
+    const minus = ({ x }, k) => {
+      const found = x.map((value, i) => [value - values[pin], ...between(starts[k] + i, pin)]);
+      return { x: found.map(([v]) => v), array: found.map(([v, , b]) => b - v), minus: found.map(([v, a]) => v - a) };
+    };
+    box.on("plotly_buttonclicked", () => (pin = null));
+    box.on("plotly_click", ({ points: [point] }) => {
+      const at = starts[point.curveNumber] + point.pointIndex;
+      pin = at === pin ? null : at;
+      const now = pin === null ? whole : whole.map(minus);
+      const each = (key) => now.map((trace) => trace[key]);
+      Plotly.update(
+        box,
+        { x: each("x"), "error_x.array": each("array"), "error_x.arrayminus": each("minus") },
+        { "xaxis.title.text": pin === null ? title : `points more or less than ${point.y}, ${point.data.name}` },
+      );
+    });
+  };
+
   async function draw(box) {
     const data = box.querySelector("script");
     if (!data) return;
@@ -100,6 +132,7 @@
     const narrow = box.clientWidth < 480 ? { "font.size": 11, "yaxis.tickfont.size": 10 } : {};
     await Plotly.relayout(box, { ...themed(box._fullLayout), ...narrow });
     letScroll(box);
+    if (figure.layout.meta?.pins) letPin(box, Plotly, figure.layout.meta.pins);
     box.dataset.drawn = "true";
   }
 

@@ -3,7 +3,9 @@
 import html
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -14,7 +16,7 @@ from .colours import METHOD, TASK, colour, paint
 
 __all__ = [
     "BLUE", "GREEN", "GREY", "METHOD", "ORANGE", "PURPLE", "SKY", "TEMPLATE", "VERMILION", "VIOLET", "YELLOW",
-    "TASK", "colour", "comparison", "finish", "slider_lines", "table",
+    "TASK", "colour", "comparison", "finish", "pinned", "slider_lines", "table",
 ]  # fmt: skip
 
 pio.renderers["colab"].config = drawing.CONFIG  # a page of the book has the same from its figures.js
@@ -23,6 +25,18 @@ pio.renderers["colab"].config = drawing.CONFIG  # a page of the book has the sam
 def finish(figure: go.Figure, alt: str, height: int = 420, **layout) -> go.Figure:
     """The book's template and colours, a height, and the alternative text that screen readers speak."""
     return paint(drawing.finish(figure, alt, height, **layout))
+
+
+def pinned(figure: go.Figure, draws: Sequence[np.ndarray]) -> go.Figure:
+    """A finished figure of points with bars along x; on a page, a click on one shows all as differences to it.
+
+    `draws` has for every point, trace after trace, its value and resamples of it, paired over points. The figure
+    carries the 95 % interval of each point minus every later one.
+    """
+    if len(draws) != (count := sum(len(trace.x) for trace in figure.data)):
+        raise ValueError(f"{len(draws)} draws for {count} points, expected one a point")
+    ends = [np.quantile(a[1:] - b[1:], [0.025, 0.975]).round(2).tolist() for a, b in combinations(draws, 2)]
+    return figure.update_layout(meta={**figure.layout.meta, "pins": ends})
 
 
 class Table:
