@@ -89,7 +89,11 @@
   // A click on a point shows all points as differences to it, and another click takes that back. `ends` has the
   // interval of each point minus every later one, of all traces one after the other.
   const letPin = (box, Plotly, ends) => {
-    const whole = box.data.map(({ x, error_x }) => ({ x, array: error_x.array, minus: error_x.arrayminus }));
+    const whole = box._fullData.map(({ x, error_x }) => ({
+      x: Array.from(x),
+      array: Array.from(error_x.array),
+      minus: Array.from(error_x.arrayminus),
+    }));
     const starts = whole.map((_, i) => whole.slice(0, i).reduce((sum, { x }) => sum + x.length, 0));
     const values = whole.flatMap(({ x }) => x);
     const title = box.layout.xaxis.title.text;
