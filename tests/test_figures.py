@@ -3,6 +3,8 @@
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from docutils import nodes
+from offline import lead
 
 from lora_opcm.site import figures
 
@@ -49,3 +51,22 @@ def test_a_column_of_whole_numbers_has_no_decimals():
 def test_a_table_has_five_columns_at_most():
     with pytest.raises(ValueError, match="6 columns, at most 5"):
         _shown()
+
+
+@pytest.mark.parametrize(
+    "parts, shown",
+    [
+        (
+            ["One says. Two, of ", nodes.literal(text="x"), "."],
+            "<strong>One says.</strong> Two, of <literal>x</literal>.",
+        ),
+        ([nodes.literal(text="x"), " at 0.5 wins?\nMore."], "<strong><literal>x</literal> at 0.5 wins?</strong> More."),
+        ([nodes.strong(text="Set off."), " One. Two."], "<strong>Set off.</strong> One. Two."),
+        (["One sentence alone."], "One sentence alone."),
+    ],
+)
+def test_a_caption_is_roman_and_its_first_sentence_bold(parts, shown):
+    inner = [nodes.Text(part) if isinstance(part, str) else part.deepcopy() for part in parts]
+    caption = nodes.paragraph("", "", nodes.emphasis("", "", *inner))
+    lead(caption)
+    assert str(caption) == f"<paragraph>{shown}</paragraph>"
