@@ -70,3 +70,17 @@ def test_a_caption_is_roman_and_its_first_sentence_bold(parts, shown):
     caption = nodes.paragraph("", "", nodes.emphasis("", "", *inner))
     lead(caption)
     assert str(caption) == f"<paragraph>{shown}</paragraph>"
+
+
+@pytest.mark.parametrize("log, ends", [(False, (0, 80)), (True, (0.5, 80))])
+def test_no_step_of_a_slider_moves_an_axis(log, ends):
+    """All values of all steps lie on axes that are set once, the x axis too where steps differ in what they hold."""
+    frames = {"a": pd.DataFrame({"B": [0.5, 2.0]}, index=[1, 2]), "b": pd.DataFrame({"B": [40, 80.0]}, index=[1, 60])}
+    figure = figures.slider_lines(frames, {}, prefix="", alt="", x="x", y="y", log_y=log)
+    low, high = figure.layout.yaxis.range
+    low, high = (10**low, 10**high) if log else (low, high)
+    assert -5 < low <= ends[0] and ends[1] <= high < 1.5 * ends[1]
+    assert figure.layout.xaxis.range[0] <= 1 and figure.layout.xaxis.range[1] >= 60
+    assert [trace.line.color for trace in figure.data] == [figures.BLUE] * 2
+    same = figures.slider_lines({"a": frames["a"], "b": frames["a"]}, {}, prefix="", alt="", x="x", y="y")
+    assert same.layout.xaxis.range is None

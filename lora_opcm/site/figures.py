@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -145,7 +145,7 @@ def slider_lines(
     log_y: bool = False,
     height: int = 460,
 ) -> go.Figure:
-    """One line a column, one slider step a frame; works without a kernel.
+    """One line a column, one slider step a frame, on axes that no step moves; works without a kernel.
 
     `frames` maps a step's label to a table whose index is x and whose columns are the lines.
     """
@@ -167,5 +167,19 @@ def slider_lines(
         for label, a, w in zip(frames, starts, widths)
     ]
     slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0}
-    figure.update_yaxes(type="log" if log_y else "linear", title=y)
+    figure.update_yaxes(
+        type="log" if log_y else "linear", title=y, range=_ruler([t.values for t in frames.values()], log_y)
+    )
+    if len({tuple(table.index) for table in frames.values()}) > 1:
+        figure.update_xaxes(range=_ruler([table.index for table in frames.values()]))
     return finish(figure, alt, height, xaxis_title=x, sliders=[slider])
+
+
+def _ruler(parts: Iterable, log: bool = False) -> list[float]:
+    """The ends of an axis that holds all parts; it starts at nought where they reach its lower half."""
+    values = np.concatenate([np.ravel(part).astype(float) for part in parts])
+    values = np.log10(values[values > 0]) if log else values[np.isfinite(values)]
+    low, high = values.min(), values.max()
+    low = 0.0 if not log and 0 <= low < high / 2 else low
+    pad = 0.05 * (high - low)
+    return [round(low - pad, 4), round(high + pad, 4)]
