@@ -84,3 +84,20 @@ def test_no_step_of_a_slider_moves_an_axis(log, ends):
     assert [trace.line.color for trace in figure.data] == [figures.BLUE] * 2
     same = figures.slider_lines({"a": frames["a"], "b": frames["a"]}, {}, prefix="", alt="", x="x", y="y")
     assert same.layout.xaxis.range is None
+
+
+def test_names_stand_at_the_ends_of_their_lines_and_not_on_each_other():
+    frames = {"a": pd.DataFrame({"A": [5, 10.0], "B": [1, 9.9], "C": [2, 0.0]}), "b": pd.DataFrame({"A": [0, 3.0]})}
+    figure = figures.slider_lines(frames, {"C": "#123456"}, prefix="", alt="", x="x", y="y", height=470)
+    first = list(figure.layout.annotations)
+    assert [name.text[-1] for name in first] == ["C", "B", "A"] and not figure.layout.showlegend
+    c, b, a = (name.y for name in first)
+    low, high = figure.layout.yaxis.range
+    assert c == 0 and a == 10 and low < b and a - b >= (high - low) * 18 / 300
+    assert "#123456" in first[0].text and figures.BLUE in first[1].text and figures.ORANGE in first[2].text
+    second = figure.layout.sliders[0].steps[1].args
+    assert second[0] == {"visible": [False, False, False, True]}
+    assert [(name["y"], name["text"][-1]) for name in second[1]["annotations"]] == [(3, "A")]
+    low_ends = pd.DataFrame({name: [10, 0.1] for name in "ABC"})
+    names = figures.slider_lines({"a": low_ends}, {}, prefix="", alt="", x="x", y="y").layout.annotations
+    assert names[0].y == 0 and names[2].y > names[1].y > names[0].y

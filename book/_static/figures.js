@@ -86,6 +86,12 @@
     box.after(button);
   };
 
+  // A legend in place of names at the ends of lines, for which a narrow page has no room.
+  const named = (layout) => {
+    Object.assign(layout, { annotations: [], showlegend: true, margin: { ...layout.margin, r: 20 } });
+    for (const { args } of layout.sliders.flatMap(({ steps }) => steps)) args.length = 1;
+  };
+
   // A click on a point shows all points as differences to it, and another click takes that back. `ends` has the
   // interval of each point minus every later one, of all traces one after the other.
   const letPin = (box, Plotly, ends) => {
@@ -130,6 +136,7 @@
     const Plotly = await plotly();
     const layout = { ...still(figure.layout), autosize: true };
     delete layout.width;
+    if (layout.meta?.ends && box.clientWidth < 480) named(layout);
     const hands = { displayModeBar: false, doubleClick: "reset", scrollZoom: false };
     const config = { responsive: true, ...figure.config, ...hands };
     await Plotly.newPlot(box, { data: figure.data, layout, frames: figure.frames, config });

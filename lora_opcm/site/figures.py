@@ -12,7 +12,7 @@ import plotly.io as pio
 
 from ..command import drawing
 from ..command.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILION, VIOLET, YELLOW
-from .colours import METHOD, TASK, colour, paint
+from .colours import METHOD, TASK, colour, known, paint
 
 __all__ = [
     "BLUE", "GREEN", "GREY", "METHOD", "ORANGE", "PURPLE", "SKY", "TEMPLATE", "VERMILION", "VIOLET", "YELLOW",
@@ -147,32 +147,54 @@ def slider_lines(
 ) -> go.Figure:
     """One line a column, one slider step a frame, on axes that no step moves; works without a kernel.
 
-    `frames` maps a step's label to a table whose index is x and whose columns are the lines.
+    `frames` maps a step's label to a table whose index is x and whose columns are the lines. Names stand at the ends
+    of their lines, and in a legend where a page is too narrow for that.
     """
-    figure = go.Figure()
-    for step, (_, table) in enumerate(frames.items()):
+    figure, ruler = go.Figure(), _ruler([table.values for table in frames.values()], log_y)
+    tints = {name: known(name) or colours.get(name, BLUE) for table in frames.values() for name in table.columns}
+    for step, table in enumerate(frames.values()):
         for name in table.columns:
             figure.add_scatter(
                 x=list(table.index), y=table[name].round(5).tolist(), name=name, visible=step == 0,
-                mode="lines+markers", marker={"size": 5}, line={"color": colours.get(name, BLUE)},
+                mode="lines+markers", marker={"size": 5}, line={"color": tints[name]},
             )  # fmt: skip
-    widths = [len(t.columns) for t in frames.values()]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
+    owners = [label for label, table in frames.items() for _ in table.columns]
+    ends = {label: _ends(table, tints, ruler, log_y, height) for label, table in frames.items()}
     steps: Sequence[dict] = [
         {
             "label": label,
-            "method": "restyle",
-            "args": ["visible", [a <= i < a + w for i in range(sum(widths))]],
+            "method": "update",
+            "args": [{"visible": [owner == label for owner in owners]}, {"annotations": ends[label]}],
         }
-        for label, a, w in zip(frames, starts, widths)
+        for label in frames
     ]
     slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0}
-    figure.update_yaxes(
-        type="log" if log_y else "linear", title=y, range=_ruler([t.values for t in frames.values()], log_y)
-    )
+    figure.update_yaxes(type="log" if log_y else "linear", title=y, range=ruler)
+    if log_y:
+        figure.update_yaxes(dtick="D2" if ruler[1] - ruler[0] < 3 else 1)
     if len({tuple(table.index) for table in frames.values()}) > 1:
         figure.update_xaxes(range=_ruler([table.index for table in frames.values()]))
-    return finish(figure, alt, height, xaxis_title=x, sliders=[slider])
+    right = 35 + 7 * max(map(len, tints))
+    finish(figure, alt, height, xaxis_title=x, sliders=[slider], annotations=ends[next(iter(frames))])
+    return figure.update_layout(showlegend=False, margin={"r": right}, meta={**figure.layout.meta, "ends": True})
+
+
+def _ends(table: pd.DataFrame, tints: Mapping[str, str], ruler: Sequence[float], log: bool, height: int) -> list[dict]:
+    """Names right of the last points of their lines, pushed apart where they would lie on each other."""
+    last = {name: table[name].dropna().iloc[-1] for name in table.columns}
+    place = {name: float(np.log10(max(value, 1e-300))) if log else float(value) for name, value in last.items()}
+    names = sorted(place, key=place.__getitem__)
+    whole = ruler[1] - ruler[0]
+    apart = whole * 19 / (height - 170)  # a line of text, on what margins and slider leave
+    for high, low in zip(names[::-1], names[-2::-1]):
+        place[low] = min(place[low], place[high] - apart)
+    lowest = ruler[0] + whole / 22  # where the data begin: a page may shorten the axis to what they need
+    for name in names:
+        place[name] = max(place[name], lowest)
+        lowest = place[name] + apart
+    where = {"x": 1, "xref": "paper", "xanchor": "left", "xshift": 4, "showarrow": False}
+    dot = '<span style="color:{}">●</span> {}'
+    return [{**where, "y": round(place[name], 4), "text": dot.format(tints[name], name)} for name in names]
 
 
 def _ruler(parts: Iterable, log: bool = False) -> list[float]:

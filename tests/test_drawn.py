@@ -1,6 +1,7 @@
-"""A click on a point of a figure shows all points as differences to it, under a mouse and under a thumb."""
+"""What figures.js adds to a figure: points that can be pinned, and names of lines where there is room for them."""
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from conftest import SITE
@@ -8,6 +9,7 @@ from conftest import SITE
 from lora_opcm.site import figures
 
 STATIC = SITE.parent.parent / "book" / "_static"
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
 NAMES = ["mean", "OPCM", "TSV"]
 # Value and resamples of three methods as they come, and of the last two at a rank.
 DRAWS = np.random.default_rng(0).normal([40, 60, 80, 55, 70], 3, (201, 5)).T
@@ -37,18 +39,28 @@ def test_draws_must_be_one_a_point():
         figures.pinned(ranking(), list(DRAWS[:4]))
 
 
+@pytest.fixture
+def drawn(context, tmp_path):
+    """Opens a page with one figure."""
+
+    def drawn(figure, device):
+        data = f'<script type="application/json">{figure.to_json()}</script>'
+        box = f'<div class="lo-figure" style="height:420px" data-script="plotly-cartesian.min.js">{data}</div>'
+        script = f'<script src="{(STATIC / "figures.js").as_uri()}"></script>'
+        file = tmp_path / "page.html"
+        file.write_text(f'<!doctype html><meta charset="utf8">{box}{script}', "utf8")
+        page = context(**device).new_page()
+        page.goto(file.as_uri())
+        page.wait_for_selector(".lo-figure[data-drawn]")
+        return page
+
+    return drawn
+
+
 @pytest.mark.browser
-@pytest.mark.parametrize(
-    "device", [{}, {"viewport": {"width": 390, "height": 844}, "has_touch": True}], ids=["mouse", "thumb"]
-)
-def test_a_click_pins_a_point_and_another_lets_it_go(context, tmp_path, device):
-    data = f'<script type="application/json">{ranking().to_json()}</script>'
-    box = f'<div class="lo-figure" style="height:420px" data-script="plotly-cartesian.min.js">{data}</div>'
-    script = f'<script src="{(STATIC / "figures.js").as_uri()}"></script>'
-    tmp_path.joinpath("page.html").write_text(f'<!doctype html><meta charset="utf8">{box}{script}', "utf8")
-    page = context(**device).new_page()
-    page.goto(tmp_path.joinpath("page.html").as_uri())
-    page.wait_for_selector(".lo-figure[data-drawn]")
+@pytest.mark.parametrize("device", [{}, PHONE], ids=["mouse", "thumb"])
+def test_a_click_pins_a_point_and_another_lets_it_go(drawn, device):
+    page = drawn(ranking(), device)
 
     def press(curve, point):
         at = page.evaluate(
@@ -85,3 +97,22 @@ def test_a_click_pins_a_point_and_another_lets_it_go(context, tmp_path, device):
     press(1, 0)
     page.wait_for_function("() => document.querySelector('.lo-figure').layout.xaxis.title.text == 'gain'")
     assert shown()[0] == pytest.approx(before)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("device, legend", [({}, False), (PHONE, True)], ids=["wide", "narrow"])
+def test_names_stand_at_the_ends_of_lines_or_in_a_legend_where_a_page_is_narrow(drawn, device, legend):
+    frames = {step: pd.DataFrame({name: [1, 2] for name in NAMES}) for step in ("first", "second")}
+    page = drawn(figures.slider_lines(frames, {}, prefix="", alt="lines", x="x", y="y"), device)
+    for step in (0, 1):
+        page.evaluate(
+            """step => {
+                const box = document.querySelector(".lo-figure");
+                return Plotly.update(box, ...box.layout.sliders[0].steps[step].args);
+            }""",
+            step,
+        )
+        beside = page.locator(".annotation").all_text_contents()
+        listed = page.locator(".legendtext").all_text_contents()
+        assert listed == (NAMES if legend else [])
+        assert sorted(text[2:] for text in beside) == ([] if legend else sorted(NAMES))
