@@ -62,7 +62,7 @@ def shared(figure):
         for trace, visible in zip(figure["data"], mask):
             name, tints = trace.get("name"), dict(drawn({"data": [trace]}))
             if visible and name in tints and trace.get("showlegend") is not False:
-                shape = trace.get("line", {}).get("dash"), str(trace.get("marker", {}).get("symbol"))
+                shape = trace.get("mode"), trace.get("line", {}).get("dash"), str(trace.get("marker", {}).get("symbol"))
                 seen[bare(name) or name] = tints[name], None if bare(name) else shape
         yield from ((a, b) for a, b in combinations(seen, 2) if seen[a] == seen[b])
 
