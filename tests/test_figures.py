@@ -1,10 +1,11 @@
-"""The book's tables and colours."""
+"""The book's tables."""
 
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from docutils import nodes
+from offline import lead
 
-from lora_opcm.lab.evidence.tables import published
 from lora_opcm.site import figures
 
 FRAME = pd.DataFrame(
@@ -52,18 +53,51 @@ def test_a_table_has_five_columns_at_most():
         _shown()
 
 
-def test_every_task_and_every_published_method_has_a_colour():
-    found = [o.trial for o in published().outcomes if o.trial.part == "bake_off"]
-    assert {task for trial in found for task in trial.tasks} == set(figures.TASK)
-    assert {trial.label for trial in found} <= set(figures.METHOD)
-
-
 @pytest.mark.parametrize(
-    "label, name", [("sci", "ng-sci"), ("rare", "reuters-rare"), ("TSV, scale 0.5", "TSV"), ("tweets", "tweets")]
+    "parts, shown",
+    [
+        (
+            ["One says. Two, of ", nodes.literal(text="x"), "."],
+            "<strong>One says.</strong> Two, of <literal>x</literal>.",
+        ),
+        ([nodes.literal(text="x"), " at 0.5 wins?\nMore."], "<strong><literal>x</literal> at 0.5 wins?</strong> More."),
+        ([nodes.strong(text="Set off."), " One. Two."], "<strong>Set off.</strong> One. Two."),
+        (["One sentence alone."], "One sentence alone."),
+    ],
 )
-def test_a_shortened_name_has_the_colour_of_the_whole(label, name):
-    assert figures.colour(label) == (figures.TASK | figures.METHOD)[name]
+def test_a_caption_is_roman_and_its_first_sentence_bold(parts, shown):
+    inner = [nodes.Text(part) if isinstance(part, str) else part.deepcopy() for part in parts]
+    caption = nodes.paragraph("", "", nodes.emphasis("", "", *inner))
+    lead(caption)
+    assert str(caption) == f"<paragraph>{shown}</paragraph>"
 
 
-def test_an_unknown_name_is_grey():
-    assert figures.colour("nobody") == figures.GREY
+@pytest.mark.parametrize("log, ends", [(False, (0, 80)), (True, (0.5, 80))])
+def test_no_step_of_a_slider_moves_an_axis(log, ends):
+    """All values of all steps lie on axes that are set once, the x axis too where steps differ in what they hold."""
+    frames = {"a": pd.DataFrame({"B": [0.5, 2.0]}, index=[1, 2]), "b": pd.DataFrame({"B": [40, 80.0]}, index=[1, 60])}
+    figure = figures.slider_lines(frames, {}, prefix="", alt="", x="x", y="y", log_y=log)
+    low, high = figure.layout.yaxis.range
+    low, high = (10**low, 10**high) if log else (low, high)
+    assert -5 < low <= ends[0] and ends[1] <= high < 1.5 * ends[1]
+    assert figure.layout.xaxis.range[0] <= 1 and figure.layout.xaxis.range[1] >= 60
+    assert [trace.line.color for trace in figure.data] == [figures.BLUE] * 2
+    same = figures.slider_lines({"a": frames["a"], "b": frames["a"]}, {}, prefix="", alt="", x="x", y="y")
+    assert same.layout.xaxis.range is None
+
+
+def test_names_stand_at_the_ends_of_their_lines_and_not_on_each_other():
+    frames = {"a": pd.DataFrame({"A": [5, 10.0], "B": [1, 9.9], "C": [2, 0.0]}), "b": pd.DataFrame({"A": [0, 3.0]})}
+    figure = figures.slider_lines(frames, {"C": "#123456"}, prefix="", alt="", x="x", y="y", height=470)
+    first = list(figure.layout.annotations)
+    assert [name.text[-1] for name in first] == ["C", "B", "A"] and not figure.layout.showlegend
+    c, b, a = (name.y for name in first)
+    low, high = figure.layout.yaxis.range
+    assert c == 0 and a == 10 and low < b and a - b >= (high - low) * 18 / 300
+    assert "#123456" in first[0].text and figures.BLUE in first[1].text and figures.ORANGE in first[2].text
+    second = figure.layout.sliders[0].steps[1].args
+    assert second[0] == {"visible": [False, False, False, True]}
+    assert [(name["y"], name["text"][-1]) for name in second[1]["annotations"]] == [(3, "A")]
+    low_ends = pd.DataFrame({name: [10, 0.1] for name in "ABC"})
+    names = figures.slider_lines({"a": low_ends}, {}, prefix="", alt="", x="x", y="y").layout.annotations
+    assert names[0].y == 0 and names[2].y > names[1].y > names[0].y

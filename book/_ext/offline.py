@@ -9,6 +9,7 @@ Python package and therefore in the repository: npm's plotly.js-cartesian-dist-m
 
 import base64
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,6 +107,19 @@ def list_references(app, page, template, context, doctree):
     context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def lead(caption: nodes.paragraph) -> None:
+    """Roman, and bold up to the end of its first sentence, if there are more and the notebook made nothing bold."""
+    parts = caption[0].children + caption.children[1:]
+    for i, part in enumerate(parts):
+        halves = re.split(r"(?<=[.?!])\s+", part.astext(), maxsplit=1) if isinstance(part, nodes.Text) else []
+        if len(halves) == 2:
+            parts[: i + 1] = [nodes.strong("", "", *parts[:i], nodes.Text(halves[0])), nodes.Text(f" {halves[1]}")]
+        if len(halves) == 2 or isinstance(part, nodes.strong):
+            break
+    caption.clear()
+    caption.extend(parts)
+
+
 def number_figures(app, doctree, page):
     """Caption: the emphasised paragraph after a figure. "Figure 3.2" in a numbered chapter, "Figure 2" elsewhere."""
     count = 0
@@ -118,6 +132,7 @@ def number_figures(app, doctree, page):
         caption = cell.next_node(descend=False, siblings=True)
         if isinstance(caption, nodes.paragraph) and isinstance(caption[0], nodes.emphasis):
             count += 1
+            lead(caption)
             caption["classes"].append("lo-caption")
             caption.insert(0, [nodes.strong(text=f"Figure {chapter(app.env, page)}{count}."), nodes.Text(" ")])
 

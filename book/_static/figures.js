@@ -86,6 +86,48 @@
     box.after(button);
   };
 
+  // A legend in place of names at the ends of lines, for which a narrow page has no room.
+  const named = (layout) => {
+    Object.assign(layout, { annotations: [], showlegend: true, margin: { ...layout.margin, r: 20 } });
+    for (const { args } of layout.sliders.flatMap(({ steps }) => steps)) args.length = 1;
+  };
+
+  // A click on a point shows all points as differences to it, and another click takes that back. `ends` has the
+  // interval of each point minus every later one, of all traces one after the other.
+  const letPin = (box, Plotly, ends) => {
+    const whole = box._fullData.map(({ x, error_x }) => ({
+      x: Array.from(x),
+      array: Array.from(error_x.array),
+      minus: Array.from(error_x.arrayminus),
+    }));
+    const starts = whole.map((_, i) => whole.slice(0, i).reduce((sum, { x }) => sum + x.length, 0));
+    const values = whole.flatMap(({ x }) => x);
+    const title = box.layout.xaxis.title.text;
+    let pin = null;
+    const between = (i, j) => {
+      if (i === j) return [0, 0];
+      const [a, b] = [Math.min(i, j), Math.max(i, j)];
+      const [low, high] = ends[(a * (2 * values.length - a - 1)) / 2 + b - a - 1];
+      return i < j ? [low, high] : [-high, -low];
+    };
+    const minus = ({ x }, k) => {
+      const found = x.map((value, i) => [value - values[pin], ...between(starts[k] + i, pin)]);
+      return { x: found.map(([v]) => v), array: found.map(([v, , b]) => b - v), minus: found.map(([v, a]) => v - a) };
+    };
+    box.on("plotly_buttonclicked", () => (pin = null));
+    box.on("plotly_click", ({ points: [point] }) => {
+      const at = starts[point.curveNumber] + point.pointIndex;
+      pin = at === pin ? null : at;
+      const now = pin === null ? whole : whole.map(minus);
+      const each = (key) => now.map((trace) => trace[key]);
+      Plotly.update(
+        box,
+        { x: each("x"), "error_x.array": each("array"), "error_x.arrayminus": each("minus") },
+        { "xaxis.title.text": pin === null ? title : `points more or less than ${point.y}, ${point.data.name}` },
+      );
+    });
+  };
+
   async function draw(box) {
     const data = box.querySelector("script");
     if (!data) return;
@@ -94,12 +136,14 @@
     const Plotly = await plotly();
     const layout = { ...still(figure.layout), autosize: true };
     delete layout.width;
+    if (layout.meta?.ends && box.clientWidth < 480) named(layout);
     const hands = { displayModeBar: false, doubleClick: "reset", scrollZoom: false };
     const config = { responsive: true, ...figure.config, ...hands };
     await Plotly.newPlot(box, { data: figure.data, layout, frames: figure.frames, config });
     const narrow = box.clientWidth < 480 ? { "font.size": 11, "yaxis.tickfont.size": 10 } : {};
     await Plotly.relayout(box, { ...themed(box._fullLayout), ...narrow });
     letScroll(box);
+    if (figure.layout.meta?.pins) letPin(box, Plotly, figure.layout.meta.pins);
     box.dataset.drawn = "true";
   }
 

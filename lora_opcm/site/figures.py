@@ -1,105 +1,42 @@
-"""Plotly figures and tables that more than one chapter uses, and the colours of what they show.
-
-Colour means the task or the method (or the kind of module) through the whole book: one name, one colour. Methods
-that do nearly the same share one. Every colour has a contrast of at least 2 with white and with the dark page.
-"""
+"""Plotly figures and tables that more than one chapter uses."""
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from ..command.drawing import (
-    BLUE,
-    CONFIG,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    TEMPLATE,
-    VERMILION,
-    VIOLET,
-    YELLOW,
-    finish,
-)
+from ..command import drawing
+from ..command.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, TEMPLATE, VERMILION, VIOLET, YELLOW
+from .colours import METHOD, TASK, colour, known, paint
 
 __all__ = [
     "BLUE", "GREEN", "GREY", "METHOD", "ORANGE", "PURPLE", "SKY", "TEMPLATE", "VERMILION", "VIOLET", "YELLOW",
-    "TASK", "colour", "comparison", "finish", "slider_lines", "table",
+    "TASK", "colour", "comparison", "finish", "pinned", "slider_lines", "table",
 ]  # fmt: skip
 
-pio.renderers["colab"].config = CONFIG  # a page of the book has the same from its figures.js
-
-TASK = {  # newsgroups in blues, newswire in oranges
-    "ng-comp": "#3366CC",
-    "ng-rec": "#2A8FD0",
-    "ng-sci": BLUE,
-    "ng-politics": "#6C87D9",
-    "ng-religion": "#4C9BC9",
-    "reuters-r8": ORANGE,
-    "reuters-rare": "#B36B00",
-    "tweets": VERMILION,
-}
-
-BROWN, TEAL, ROSE, INDIGO = "#A8623A", "#1B8A8F", "#B8477F", "#5C6BE0"
-METHOD = {
-    "zero-shot": GREY,
-    "own adapter": GREY,
-    "mean": SKY,
-    "task arithmetic": GREEN,
-    "sum, scale 1": GREEN,
-    "running sum": GREEN,
-    "OPCM": PURPLE,
-    "OPCM as published": VERMILION,
-    "OPCM, paper": VERMILION,
-    "OPCM, FusionBench": ORANGE,
-    "OPCM, scale tuned": PURPLE,
-    "TSV": BLUE,
-    "sequential whitening": YELLOW,
-    "whitened sum": VIOLET,
-    "output whitening": TEAL,
-    "input whitening": TEAL,
-    "output whitening, cap 16": TEAL,
-    "whitened sum, p = 0.5": VIOLET,
-    "whitened sum, p = 1": VIOLET,
-    "whitened sum, cap 16": VIOLET,
-    "TSV, 2 directions a task": BLUE,
-    "Iso-C": INDIGO,
-    "Iso-CTS": INDIGO,
-    "chordal mean": TEAL,
-    "quotient mean": TEAL,
-    "compress then merge": TEAL,
-    "factor-wise OPCM": ROSE,
-    "factor-wise OPCM, balanced": ROSE,
-    "magnitude prune": BROWN,
-    "TIES": BROWN,
-    "DARE-TIES": BROWN,
-    "KnOTS-TIES": BROWN,
-    "core TIES": BROWN,
-    "core DARE-TIES": BROWN,
-    "DARE": BROWN,
-    "MagMax": BROWN,
-    "DOP": ORANGE,
-    "Pico": GREEN,
-    "SVC": GREEN,
-    "subspace boosting": GREEN,
-    "WUDI": ROSE,
-    "ACTMat": ROSE,
-    "RegMean, with texts": GREY,
-    "one LoRA on all tasks": GREY,
-}
+pio.renderers["colab"].config = drawing.CONFIG  # a page of the book has the same from its figures.js
 
 
-def colour(name: str) -> str:
-    """Of a task or a method, whether in full or as a label shortens it ("sci", "TSV, scale 0.5")."""
-    for known in (name, f"ng-{name}", f"reuters-{name}", name.split(", ")[0]):
-        if known in TASK or known in METHOD:
-            return (TASK | METHOD)[known]
-    return GREY
+def finish(figure: go.Figure, alt: str, height: int = 420, **layout) -> go.Figure:
+    """The book's template and colours, a height, and the alternative text that screen readers speak."""
+    return paint(drawing.finish(figure, alt, height, **layout))
+
+
+def pinned(figure: go.Figure, draws: Sequence[np.ndarray]) -> go.Figure:
+    """A finished figure of points with bars along x; on a page, a click on one shows all as differences to it.
+
+    `draws` has for every point, trace after trace, its value and resamples of it, paired over points. The figure
+    carries the 95 % interval of each point minus every later one.
+    """
+    if len(draws) != (count := sum(len(trace.x) for trace in figure.data)):
+        raise ValueError(f"{len(draws)} draws for {count} points, expected one a point")
+    ends = [np.quantile(a[1:] - b[1:], [0.025, 0.975]).round(2).tolist() for a, b in combinations(draws, 2)]
+    return figure.update_layout(meta={**figure.layout.meta, "pins": ends})
 
 
 class Table:
@@ -185,7 +122,7 @@ def comparison(rows: pd.DataFrame, metric: str = "recovered gain", alt: str = ""
                 "type": "data", "symmetric": False, "thickness": 2, "width": 0,
                 "array": [100 * (row.high - row.value)], "arrayminus": [100 * (row.value - row.low)],
             },
-            marker={"size": 11, "color": METHOD.get(row.method, GREY)},
+            marker={"size": 11, "color": colour(row.method)},
             mode="markers+text",
             text=[f"{100 * row.value:.0f}"],
             textposition="top center",
@@ -208,27 +145,63 @@ def slider_lines(
     log_y: bool = False,
     height: int = 460,
 ) -> go.Figure:
-    """One line a column, one slider step a frame; works without a kernel.
+    """One line a column, one slider step a frame, on axes that no step moves; works without a kernel.
 
-    `frames` maps a step's label to a table whose index is x and whose columns are the lines.
+    `frames` maps a step's label to a table whose index is x and whose columns are the lines. Names stand at the ends
+    of their lines, and in a legend where a page is too narrow for that.
     """
-    figure = go.Figure()
-    for step, (_, table) in enumerate(frames.items()):
+    figure, ruler = go.Figure(), _ruler([table.values for table in frames.values()], log_y)
+    tints = {name: known(name) or colours.get(name, BLUE) for table in frames.values() for name in table.columns}
+    for step, table in enumerate(frames.values()):
         for name in table.columns:
             figure.add_scatter(
                 x=list(table.index), y=table[name].round(5).tolist(), name=name, visible=step == 0,
-                mode="lines+markers", marker={"size": 5}, line={"color": colours.get(name, BLUE)},
+                mode="lines+markers", marker={"size": 5}, line={"color": tints[name]},
             )  # fmt: skip
-    widths = [len(t.columns) for t in frames.values()]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
+    owners = [label for label, table in frames.items() for _ in table.columns]
+    ends = {label: _ends(table, tints, ruler, log_y, height) for label, table in frames.items()}
     steps: Sequence[dict] = [
         {
             "label": label,
-            "method": "restyle",
-            "args": ["visible", [a <= i < a + w for i in range(sum(widths))]],
+            "method": "update",
+            "args": [{"visible": [owner == label for owner in owners]}, {"annotations": ends[label]}],
         }
-        for label, a, w in zip(frames, starts, widths)
+        for label in frames
     ]
     slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0}
-    figure.update_yaxes(type="log" if log_y else "linear", title=y)
-    return finish(figure, alt, height, xaxis_title=x, sliders=[slider])
+    figure.update_yaxes(type="log" if log_y else "linear", title=y, range=ruler)
+    if log_y:
+        figure.update_yaxes(dtick="D2" if ruler[1] - ruler[0] < 3 else 1)
+    if len({tuple(table.index) for table in frames.values()}) > 1:
+        figure.update_xaxes(range=_ruler([table.index for table in frames.values()]))
+    right = 35 + 7 * max(map(len, tints))
+    finish(figure, alt, height, xaxis_title=x, sliders=[slider], annotations=ends[next(iter(frames))])
+    return figure.update_layout(showlegend=False, margin={"r": right}, meta={**figure.layout.meta, "ends": True})
+
+
+def _ends(table: pd.DataFrame, tints: Mapping[str, str], ruler: Sequence[float], log: bool, height: int) -> list[dict]:
+    """Names right of the last points of their lines, pushed apart where they would lie on each other."""
+    last = {name: table[name].dropna().iloc[-1] for name in table.columns}
+    place = {name: float(np.log10(max(value, 1e-300))) if log else float(value) for name, value in last.items()}
+    names = sorted(place, key=place.__getitem__)
+    whole = ruler[1] - ruler[0]
+    apart = whole * 19 / (height - 170)  # a line of text, on what margins and slider leave
+    for high, low in zip(names[::-1], names[-2::-1]):
+        place[low] = min(place[low], place[high] - apart)
+    lowest = ruler[0] + whole / 22  # where the data begin: a page may shorten the axis to what they need
+    for name in names:
+        place[name] = max(place[name], lowest)
+        lowest = place[name] + apart
+    where = {"x": 1, "xref": "paper", "xanchor": "left", "xshift": 4, "showarrow": False}
+    dot = '<span style="color:{}">●</span> {}'
+    return [{**where, "y": round(place[name], 4), "text": dot.format(tints[name], name)} for name in names]
+
+
+def _ruler(parts: Iterable, log: bool = False) -> list[float]:
+    """The ends of an axis that holds all parts; it starts at nought where they reach its lower half."""
+    values = np.concatenate([np.ravel(part).astype(float) for part in parts])
+    values = np.log10(values[values > 0]) if log else values[np.isfinite(values)]
+    low, high = values.min(), values.max()
+    low = 0.0 if not log and 0 <= low < high / 2 else low
+    pad = 0.05 * (high - low)
+    return [round(low - pad, 4), round(high + pad, 4)]
