@@ -15,6 +15,7 @@ from ..parallel import Progress, parallel_map
 from ..values import AUTO, Energy, Full, Limit, Scale, expect, factor, norms
 from .core import Core
 from .method import Method, method_of
+from .remarks import tell
 from .sketch import sketched_sum, worth
 from .space import SPACES, Merged, merge_module, side_by_side
 
@@ -226,6 +227,7 @@ def merge_part(
             f" they are at most {max(bounds):.2g} σ₁ further off than the best of rank {rank}, as sketch=False has it",
             stacklevel=3,
         )
+    tell([m.remarks for m in found.values()], stacklevel=3)
     modules = {name: found[name].update for name in shapes}
     merged = replace(
         merged.with_modules(modules),
