@@ -228,9 +228,8 @@ def merge_part(
             stacklevel=3,
         )
     tell([m.remarks for m in found.values()], stacklevel=3)
-    modules = {name: found[name].update for name in shapes}
     merged = replace(
-        merged.with_modules(modules),
+        merged.with_modules({name: found[name].update for name in shapes}),
         dropped={name: found[name].dropped for name in shapes},
         dtype=dtype or merged.dtype,
     )
@@ -268,7 +267,7 @@ def checked(
         raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, got {weights}")
-    adapters = matched(dropping(adapters, drop), disjoint)
+    adapters = matched(dropping(adapters, drop), disjoint, entry.adds(rank, energy, scale))
     return entry, weights, adapters, combine(adapters, adapters[0].modules, any_base, full)
 
 
