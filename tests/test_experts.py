@@ -1,6 +1,7 @@
 """LoRA on the experts of a mixture (`target_parameters`), merged expert by expert; against peft and its models."""
 
 import json
+import sys
 from copy import deepcopy
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from by_hand import CONFIG, PREFIX, WEIGHTS, gap, opcm, run, tensors_of, write_peft
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_opcm as lo
 from lora_opcm.files import AdapterError
@@ -210,6 +211,109 @@ def test_kohya_and_diffusers_hold_no_experts(said, tmp_path):
     trained(tmp_path / "a", small("mixtral"), 1)
     for format in ("kohya", "diffusers"):
         said("convert", "a", "-o", "x.safetensors", "--to", format, code=2)
+
+
+# -- in a base model -----------------------------------------------------------------------------------------
+
+
+def by_class(model, folder):
+    """The model as its class holds it, experts in one parameter, which transformers writes only where asked."""
+    model.save_pretrained(folder, save_original_format=False)
+
+
+def fused(said, tmp_path, *words, base="base", adapter="a"):
+    said("fuse", adapter, "--base", base, "-o", f"fused {adapter}", *words)
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"fused {adapter}", dtype="auto").eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"target_parameters": BOTH[1:], "use_rslora": True}], ids=["both", "down"])
+@pytest.mark.parametrize("lies", ["as its class", "as its authors"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen", "gpt-oss"])
+def test_a_fused_model_is_that_of_peft(said, tmp_path, monkeypatch, kind, lies, options):
+    """Parameter by parameter, whatever the size of a block; gate and up apart where authors have them apart."""
+    base = small(kind)
+    (by_class if lies == "as its class" else lambda m, f: m.save_pretrained(f, max_shard_size="9KB"))(
+        base, tmp_path / "base"
+    )
+    after = trained(tmp_path / "a", base, 1, **options)
+    keys = {key for file in (tmp_path / "base").glob("*.safetensors") for key in load_file(file)}
+    assert any(".experts.3." in key for key in keys) == (lies == "as its authors" and kind != "gpt-oss")
+    monkeypatch.setattr(sys.modules["lora_opcm.files.fuse"], "BLOCK", 100)
+    found = fused(said, tmp_path)
+    for name, x in found.named_parameters():
+        torch.testing.assert_close(x, after[name], rtol=1e-5, atol=1e-6)
+    moved = [name for name, x in base.named_parameters() if (after[name] - x).abs().max() > 1e-3]
+    assert len(moved) == 2 * (1 + (2 if not options else 1))
+
+
+def test_dropped_experts_are_the_bytes_of_the_base(said, tmp_path):
+    base = small("qwen")
+    base.save_pretrained(tmp_path / "base")
+    after = trained(tmp_path / "a", base, 1)
+    found = fused(said, tmp_path, "--drop", "*.experts.base_layer.*", "--drop", "*.experts.2")
+    before = dict(base.named_parameters())
+    for name, x in found.named_parameters():
+        expected = before[name].clone() if name.endswith("gate_up_proj") else after[name]
+        if name.endswith("down_proj"):
+            expected[2] = before[name][2]
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_shapes_do_not_tell_is_refused(said, tmp_path):
+    """Square parameters alone, two of one shape, another number of experts, a name the base lacks."""
+    rng = torch.Generator().manual_seed(0)
+
+    def adapter(name, *sizes, parameters, experts=2):
+        """Wrappers of one module, the last by its name, as peft nests them."""
+        modules, kinds = {}, {}
+        for i, (m, n) in enumerate(sizes):
+            for e in range(experts):
+                modules[f"m.experts{'.base_layer' * (len(sizes) - 1 - i)}.{e}"] = lo.LowRank(
+                    torch.randn(m, 1, generator=rng), torch.randn(1, n, generator=rng)
+                )
+        kinds = dict.fromkeys(modules, lo.files.Kind("expert", (), experts, parameters))
+        lo.files.save_adapter(lo.Adapter(modules, None, "peft", kinds), tmp_path / name)
+
+    def refused(name, base, message):
+        save_file(base, tmp_path / "base.safetensors")
+        told = said("fuse", name, "--base", "base.safetensors", "-o", "x.safetensors", code=2).err
+        assert message in told and "m.experts: updates of" in told and not (tmp_path / "x.safetensors").exists()
+
+    whole = {f"m.experts.{p}": torch.zeros(2, m, n) for p, m, n in (("gate_up_proj", 8, 4), ("down_proj", 4, 4))}
+    adapter("square", (4, 4), parameters=("down_proj",))
+    refused("square", whole, "(4, 4), the base has down_proj (2, 4, 4), expected parameters that fit in one way only")
+    adapter("two", (4, 4), (8, 4), parameters=("down_proj", "gate_up_proj"))
+    save_file(whole, tmp_path / "base.safetensors")
+    said("fuse", "two", "--base", "base.safetensors", "-o", "two.safetensors")  # one of them tells how both lie
+    found, a = load_file(tmp_path / "two.safetensors"), lo.load_adapter(tmp_path / "two")
+    for e in range(2):
+        torch.testing.assert_close(found["m.experts.gate_up_proj"][e], a[f"m.experts.{e}"].delta())
+        torch.testing.assert_close(found["m.experts.down_proj"][e], a[f"m.experts.base_layer.{e}"].delta())
+    turned = {key: x.mT.contiguous() for key, x in whole.items()}
+    save_file(turned, tmp_path / "base.safetensors")
+    said("fuse", "two", "--base", "base.safetensors", "-o", "turned.safetensors")
+    for key, x in load_file(tmp_path / "turned.safetensors").items():
+        torch.testing.assert_close(x.mT, found[key])
+    adapter("same", (8, 4), (8, 4), parameters=("gate_proj", "up_proj"))
+    same = {f"m.experts.{p}": torch.zeros(2, 8, 4) for p in ("gate_proj", "up_proj")}
+    refused("same", same, "gate_proj (2, 8, 4), up_proj (2, 8, 4), expected parameters that fit in one way only")
+    adapter("three", (8, 4), parameters=("gate_up_proj",), experts=3)
+    refused("three", whole, "3 experts (target_parameters), (8, 4), the base has gate_up_proj (2, 8, 4), expected")
+    apart = {f"m.experts.{e}.{p}.weight": torch.zeros(4, 4) for e in range(2) for p in ("w1", "w3")}
+    refused("three", apart, "the base has none of gate_up_proj")
+    adapter("one", (8, 4), parameters=("gate_up_proj",), experts=1)
+    refused("one", apart, "the base has none of gate_up_proj")  # and not the first of two experts
+    twice = {f"{head}{key}": x.clone() for head in ("model.", "model.language_model.") for key, x in whole.items()}
+    refused("two", twice, "m.experts: updates of 2 experts")
+
+
+def test_a_layer_and_the_expert_that_it_is_are_refused(tmp_path):
+    updates = {n: lo.LowRank(torch.ones(4, 1), torch.ones(1, 3)) for n in ("m.experts.0", "m.experts.0.w2")}
+    adapter = lo.Adapter(updates, kinds={"m.experts.0": lo.files.Kind("expert", (), 1, ("down_proj",))})
+    save_file({"m.experts.0.w2.weight": torch.zeros(4, 3)}, tmp_path / "base.safetensors")
+    with pytest.raises(AdapterError, match="m.experts.0.w2: an update of m.experts.0.w2.weight, which has one of its"):
+        lo.files.fuse(adapter, tmp_path / "base.safetensors", tmp_path / "x.safetensors")
 
 
 def plain(folder, targets, modules=("q",), experts=0, r=2, **config):

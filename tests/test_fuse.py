@@ -12,7 +12,7 @@ from by_hand import CONFIG, PREFIX, WEIGHTS, run, tensors_of
 from safetensors.torch import load_file, save_file
 
 import lora_opcm as lo
-from lora_opcm.files import AdapterError, fuse
+from lora_opcm.files import fuse
 
 IDS = torch.arange(12).reshape(2, 6)
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -262,14 +262,6 @@ def test_what_overflows_leaves_nothing(said, tmp_path, two):
     save_file({k: t * 1e4 for k, t in tensors_of(adapter).items()}, adapter / WEIGHTS)
     told = refused(said, tmp_path, "a", "--base", "half", "-o", "x")
     assert "q_proj.weight with the update is not finite in torch.float16" in told
-
-
-def test_experts_are_refused_by_name(tmp_path):
-    adapter = lo.Adapter({"e.0": lo.LowRank(torch.ones(3, 1), torch.ones(1, 2))},
-                         kinds={"e.0": lo.files.Kind("expert", (), 1, ("w",))})  # fmt: skip
-    save_file({"e.w": torch.ones(1, 3, 2)}, tmp_path / "base.safetensors")
-    with pytest.raises(AdapterError, match=r"e.0: experts \(target_parameters\)"):
-        fuse(adapter, tmp_path / "base.safetensors", tmp_path / "x.safetensors")
 
 
 PROGRAM = """

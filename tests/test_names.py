@@ -410,10 +410,55 @@ def test_a_state_forgets_an_adapter_of_another_spelling(said, tmp_path):
         torch.testing.assert_close(u.delta(), alone[name].delta(), rtol=1e-7, atol=1e-7)
 
 
-def test_inspect_says_what_is_one_layer_under_two_names(said, tmp_path):
+# -- one layer under two names in one file -------------------------------------------------------------------
+
+
+@pytest.fixture
+def doubled(tmp_path):
+    """Files: `twice` and `again` hold every layer under two names, `once` under one."""
     rng = np.random.default_rng(7)
-    write_peft(tmp_path / "a", random_factors(rng, {"model.layers.0.q": (8, 6), "layers.0.q": (8, 6)}, 2))
-    assert "layers.0.q and model.layers.0.q are one layer, under 2 names" in said("inspect", "a").out
+    shapes = {f"layers.{i}.q": (8, 6) for i in range(2)}
+    heads = {"once": ["model."], "twice": ["model.", "model.language_model."]}
+    heads["again"] = heads["twice"]
+    return {name: write_peft(tmp_path / name, {head + n: f for head in some
+                                               for n, f in random_factors(rng, shapes, 2).items()})
+            for name, some in heads.items()}  # fmt: skip
+
+
+SAYS = "2 layers are there under several names, such as model.language_model.layers.0.q and model.layers.0.q"
+
+
+@pytest.mark.parametrize("order", [["once", "twice"], ["twice", "once"], ["twice", "again"], ["twice"]], ids=" ".join)
+def test_a_layer_twice_in_a_file_is_told_of_and_merged_by_sums_only(said, tmp_path, doubled, order):
+    """Of every file alike; a sum is what adding both gives, any other merge is refused, and nothing is written."""
+    double = [name for name in order if name != "once"]
+    told = said("merge", *order, "-o", "m", "--method", "cat").err
+    for name in order:
+        assert told.count(f"warning: {name}/{WEIGHTS}: {SAYS}: each is a module of its own") == (name in double)
+    added = lambda deltas: total(*({n.split("model.")[-1]: d} for n, d in deltas.items()))  # noqa: E731
+    assert gap(added(deltas_of(tmp_path / "m")), total(*(added(doubled[name]) for name in order))) < 1e-9
+    said("merge", *order, "-o", "mean", "--method", "mean")
+    before = {path for path in tmp_path.rglob("*") if path.suffix != ".lock"}
+    for words in (["merge", *order, "-o", "n"], ["merge", *order, "-o", "n", "--dry-run"],
+                  ["merge", *order, "-o", "n", "--method", "cat", "--rank", 1], ["add", "n", double[0]],
+                  ["merge", *order, "-o", "n", "--method", "svd"], ["merge", *order, "-o", "n", "--shard", "0/3"],
+                  ["merge", *order, "-o", "n", "--method", "cat", "--scale", "norm"]):  # fmt: skip
+        told = said(*words, code=2).err
+        assert f"error: {double[0]}/{WEIGHTS}: {SAYS}; expected one name for each layer" in told, words
+    assert {path for path in tmp_path.rglob("*") if path.suffix != ".lock"} == before
+    said("merge", *order, "-o", "n", "--drop", "model.language_model.*")
+    kept = [{n: d for n, d in doubled[name].items() if "language" not in n} for name in order]
+    assert gap(deltas_of(tmp_path / "n"), opcm(kept)) < 1e-9
+    said("verify", *order, "--against", "m")
+
+
+@pytest.mark.parametrize("words", ["inspect twice", "compare once twice", "compare twice once",
+                                   "convert twice -o x --to peft", "align once --to twice -o x"])  # fmt: skip
+def test_every_command_says_what_is_one_layer_under_two_names(said, doubled, words):
+    told = said(*words.split())
+    assert told.err.count(f"warning: twice/{WEIGHTS}: {SAYS}") == 1
+    if words.startswith("inspect"):
+        assert "model.language_model.layers.0.q and model.layers.0.q are one layer, under 2 names" in told.out
 
 
 # -- base models and what is left out ------------------------------------------------------------------------

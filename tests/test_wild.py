@@ -536,3 +536,21 @@ def test_every_dialect_on_the_formats_page_has_its_test():
     assert len(named) >= 18
     for file, test in named:
         assert f"def {test}(" in (tests / file).read_text(encoding="utf8"), f"{file}::{test}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "a", "b", "--format", "khoya"],
+        ["convert", "a", "--to", "khoya"],
+        ["resize", "a", "--rank", 1, "--format", "khoya"],
+    ],
+)
+@pytest.mark.parametrize("output", ["x", "x.safetensors"])
+def test_a_format_that_is_none_is_refused_by_name(said, tmp_path, words, output):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        write_peft(tmp_path / name, random_factors(rng, {"q": (5, 4)}, 2))
+    told = said(*words, "-o", output, code=2).err
+    assert "format is 'khoya', expected one of peft, kohya, diffusers" in told and "did you mean 'kohya'?" in told
+    assert not (tmp_path / output).exists()

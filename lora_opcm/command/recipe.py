@@ -17,7 +17,7 @@ from ..files.bundle import DTypeName
 from ..files.disk import scratch, write_text
 from ..files.joint import spelled_in
 from ..files.peft import CONFIG, WEIGHTS
-from ..files.table import names_in
+from ..files.table import expect_format, names_in
 from ..files.write import one_file
 from ..lowrank import LowRank
 from ..merging.merge import merge
@@ -151,8 +151,10 @@ def write_merge(
 def refuse_existing(output: Path, overwrite: bool, format: str | None = None) -> None:
     """Raise AdapterError if a merge written to `output` would replace a file; asked before the work, and after.
 
-    Also if the name is none for a `format` that is known: PEFT writes folders, the others .safetensors files.
+    Also if there is no such format, or the name is none for it: PEFT writes folders, the others .safetensors files.
     """
+    if format is not None:
+        expect_format(format, str(output))
     if format == "peft" and output.is_file() and overwrite:
         raise AdapterError(f"{output}: a PEFT adapter is a folder, got a file that exists")
     if format == "peft" and output.suffix == ".safetensors":

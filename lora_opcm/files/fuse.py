@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, rename
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .disk import replacing, scratch, write_bytes
 from .names import canonical, layers
 from .parts import INDEX, PART, named
 from .peft import EMBEDDINGS, parse_config
+from .placed import placed
 from .refusals import PICKLES, and_more
 
 BLOCK = 2**20  # numbers of the base that are held at once
@@ -43,17 +44,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a weight: `full` instead of it, and a product added to it, as the weight lies."""
+    """What becomes of a weight: `full` instead of it, and products added to its rows from some row on, as it lies."""
 
     full: Tensor | None = None
-    update: LowRank | None = None
+    pieces: Mapping[int, LowRank] = field(default_factory=dict)
+
+    def columns(self, shape: tuple[int, ...]) -> int:
+        """Of the matrix that the weight is: all dimensions but the first, or the last one of many experts."""
+        return next(iter(self.pieces.values())).shape[1] if self.pieces else math.prod(shape[1:])
 
     def rows(self, old: Tensor, first: int) -> Tensor:
         """Rows from `first` on, changed; computed in float32 or better, and rounded once."""
         last, work = first + len(old), torch.promote_types(old.dtype, torch.float32)
         new = old if self.full is None else self.full.reshape(-1, old.shape[1])[first:last]
-        if self.update is not None:
-            new = torch.addmm(new.to(work), self.update.left[first:last].to(work), self.update.right.to(work))
+        new = new.to(work, copy=bool(self.pieces))
+        for start, u in self.pieces.items():
+            top, end = max(first, start), min(last, start + u.shape[0])
+            if top < end:
+                new[top - first : end - first].addmm_(u.left[top - start : end - start].to(work), u.right.to(work))
         return new.to(old.dtype)
 
 
@@ -85,7 +93,8 @@ def fuse(
     ------
     AdapterError
         If the base lacks a module or has it in another shape or as no float, ties a weight that would have to change to
-        another one, or lies the other way than `fan_in_fan_out` says; for experts; if the output exists.
+        another one, or lies the other way than `fan_in_fan_out` says; for experts whose place shapes do not tell (see
+        `placed`); if the output exists.
     OSError
         If the disk cannot take it; nothing is left behind.
     """
@@ -171,8 +180,8 @@ def _blocks(file: Path, places: Mapping[str, Place], changes: Mapping[str, Chang
                     yield handle.read(min(4 * BLOCK, place.end - at))
                 continue
             dtype = next(t for t, name in DTYPES.items() if name == place.dtype)
-            width = math.prod(place.shape[1:])
-            step, height = max(1, BLOCK // max(1, width)), place.shape[0] if place.shape else 1
+            width = changes[key].columns(place.shape)
+            step, height = max(1, BLOCK // max(1, width)), math.prod(place.shape) // max(1, width)
             for first in range(0, height, step):
                 count = min(step, height - first)
                 raw = bytearray(handle.read(count * width * dtype.itemsize))
@@ -187,19 +196,17 @@ def _blocks(file: Path, places: Mapping[str, Place], changes: Mapping[str, Chang
 
 def _changes(adapter: Adapter, places: Mapping[str, Place], base: Path) -> dict[str, Change]:
     where = f"{adapter.source} on {base}"
-    if experts := [n for n, kind in adapter.kinds.items() if kind.name == "expert"]:
-        raise AdapterError(
-            f"{where}: {experts[0]}{and_more(experts)}: experts (target_parameters), whose place in the files of a"
-            " base only its model class says; load both with peft and use merge_and_unload"
-        )
     keys = _keys(adapter, places, where)
     changes = {keys[n]: Change(full=t) for n, t in adapter.saved.items()}
     for name, tensor in adapter.saved.items():
         if tuple(tensor.shape) != places[keys[name]].shape:
             raise AdapterError(f"{where}: {name} is {tuple(tensor.shape)}, in the base {places[keys[name]].shape}")
-    for name in adapter:
-        full = changes.get(keys[name], Change()).full
-        changes[keys[name]] = Change(full, _fit(adapter, name, places[keys[name]], where))
+    pieces = placed(adapter, {key: place.shape for key, place in places.items()}, where)
+    for name in (name for name in adapter if name in keys):
+        if keys[name] in pieces:
+            raise AdapterError(f"{where}: {name}: an update of {keys[name]}, which has one of its expert, too")
+        pieces[keys[name]] = {0: _fit(adapter, name, places[keys[name]], where)}
+    changes |= {key: Change(changes.get(key, Change()).full, found) for key, found in pieces.items()}
     for key in changes:
         if places[key].dtype not in FACTOR_DTYPES:
             raise AdapterError(
@@ -221,8 +228,9 @@ def _keys(adapter: Adapter, places: Mapping[str, Place], where: str) -> dict[str
         layer: f"{n}{ENDS}" for n, layer in layers([k.removesuffix(ENDS) for k in places if k.endswith(ENDS)]).items()
     }
     full = {n: n.replace(".base_layer.", ".") for n in adapter.saved}
+    plain = [name for name in adapter if adapter.kinds.get(name, LINEAR).name != "expert"]
     found = {}
-    for name, key in ({n: f"{n}{ENDS}" for n in adapter} | full).items():
+    for name, key in ({n: f"{n}{ENDS}" for n in plain} | full).items():
         module = key.removesuffix(ENDS)
         found[name] = key if key in places else spelled.get(canonical(module), "")
     if missing := [name for name, key in found.items() if not key]:
@@ -232,10 +240,10 @@ def _keys(adapter: Adapter, places: Mapping[str, Place], where: str) -> dict[str
             " --drop leaves modules out by name"
         )
     first: dict[str, str] = {}
-    for name in adapter:
+    for name in plain:
         if (twin := first.setdefault(found[name], name)) != name:
             raise AdapterError(f"{where}: {twin} and {name} are one layer of the base, {found[name]}")
-    if moved := [name for name in adapter if found[name] != name + ENDS]:
+    if moved := [name for name in plain if found[name] != name + ENDS]:
         warnings.warn(
             f"{where}: {moved[0]}{and_more(moved)} under the base's names: {found[moved[0]].removesuffix(ENDS)}",
             stacklevel=4,

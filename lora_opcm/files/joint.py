@@ -16,7 +16,7 @@ from .adapter import LINEAR, Adapter, AdapterError, widest
 from .experts import refuse_others
 from .format import INPUTS, Stored, folded
 from .full import config_of, full_tensors
-from .names import alike, base_of, respelled
+from .names import alike, base_of, doubled, respelled
 from .peft import WEIGHTS
 
 # What a kohya header says of one training and its author, and what of that is about the base model and the network.
@@ -25,34 +25,41 @@ LASTING = ("ss_base_model_version", "ss_network_", "ss_v2", "modelspec.sai_model
            "modelspec.implementation", "modelspec.prediction_type", "modelspec.resolution")  # fmt: skip
 
 
-def matched(adapters: Sequence[Adapter], disjoint: bool = False) -> list[Adapter]:
+def matched(adapters: Sequence[Adapter], disjoint: bool = False, twice: bool = True) -> list[Adapter]:
     """The adapters with their modules under the names, and in the format, of the first that has each layer.
 
-    Known spellings of one layer (`names.canonical`) become one. A warning says what was matched, another what
-    may be one layer and was not.
+    Known spellings of one layer (`names.canonical`) become one. Warnings say what was matched, and what may be one
+    layer and was not.
 
     Parameters
     ----------
     disjoint : bool
         Whether adapters may have no module in common.
+    twice : bool
+        Whether one adapter may have a layer under two names, which then are two modules: right where their sum counts.
 
     Raises
     ------
     AdapterError
-        If no module is in two of several adapters, unless `disjoint`; or a name cannot be written in the format of
-        the first.
+        If no module is in two of several adapters, unless `disjoint`; an adapter has a layer twice, unless `twice`; or
+        a name cannot be written in the format of the first.
     """
-    new = spellings(adapters, disjoint)
-    format = adapters[0].format if adapters else ""
-    return [respell(adapter, names, format) for adapter, names in zip(adapters, new, strict=True)]
+    new = spellings(adapters, disjoint, twice)
+    return [respell(adapter, names, adapters[0].format) for adapter, names in zip(adapters, new, strict=True)]
 
 
-def spellings(adapters: Sequence[Adapter], disjoint: bool = False) -> list[dict[str, str]]:
+def spellings(adapters: Sequence[Adapter], disjoint: bool = False, twice: bool = True) -> list[dict[str, str]]:
     """For each adapter, its names of modules and full tensors → those that `matched` gives; it warns and raises too."""
     known: dict[str, str] = {}  # name -> source of the adapter it came from
     full: list[str] = []
     found, doubts, shared = [], [], sum(map(bool, adapters)) < 2
     for adapter in adapters:
+        layers = (name for name in adapter if adapter.kinds.get(name, LINEAR).name != "expert")
+        if not twice and (said := doubled(layers)):
+            raise AdapterError(
+                f"{adapter.source}: {said}; expected one name for each layer, or a plain sum (cat, mean or"
+                " task_arithmetic, without a cut); --drop, of `convert` too, leaves names out"
+            )
         new = respelled(known, adapter.modules) if known else {name: name for name in adapter.modules}
         if known and adapter.format != adapters[0].format:
             _refuse_foreign(adapter, new, known, adapters[0])
@@ -117,7 +124,7 @@ def _tell(adapter: Adapter, new: Mapping[str, str], known: Mapping[str, str]) ->
 
 
 def _refuse_foreign(adapter: Adapter, new: Mapping[str, str], known: Mapping[str, str], first: Adapter) -> None:
-    """Raise for names that the format of the first adapter is not known to have."""
+    """Raise for names that the format of the first is not known to have."""
     foreign = [old for old, name in new.items() if old == name and name not in known]
     if foreign:
         raise AdapterError(

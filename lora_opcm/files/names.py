@@ -87,6 +87,14 @@ def twins(names: Iterable[str]) -> list[list[str]]:
     return [same for same in found.values() if len(same) > 1]
 
 
+def doubled(names: Iterable[str]) -> str:
+    """What to say of names that are one layer, with an example and a count; nothing where there are none."""
+    if not (same := twins(names)):
+        return ""
+    count = f"{len(same)} layers are" if len(same) > 1 else "1 layer is"
+    return f"{count} there under several names, such as {' and '.join(same[0])}"
+
+
 def layers(names: Collection[str]) -> dict[str, str]:
     """Name → what tells its layer apart: `canonical`, or the name itself where two of these names would be one."""
     return {name: canonical(name) for name in names} | {name: name for same in twins(names) for name in same}

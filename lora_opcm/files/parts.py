@@ -62,7 +62,8 @@ def opened(path: Path, stack: ExitStack) -> Tensors:
     """
     if PART.search(path.name):
         raise AdapterError(
-            f"{path}: one part of an adapter in several files; give the folder, or the index beside them (…{INDEX})"
+            f"{path}: one part of an adapter in several files; expected all of them and their index (…{INDEX}) in one"
+            " folder, and its name"
         )
     if path.name.endswith(INDEX):
         files = {name: stack.enter_context(safe_open(path.parent / name, framework="pt")) for name in named(path)}

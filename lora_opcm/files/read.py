@@ -23,7 +23,7 @@ from .adapter import DTYPES, Adapter, AdapterError
 from .diffusers import CONFIGS
 from .expanded import SUFFIXES as EXPANDED
 from .experts import Expert, split
-from .names import UNDERSCORED
+from .names import UNDERSCORED, doubled
 from .parts import INDEX, PART, Tensors, opened
 from .peft import CONFIG, WEIGHTS
 from .refusals import PICKLES, and_more, check_config, refuse
@@ -216,6 +216,8 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
         base = metadata.get("ss_base_model_version")
     if not factors:
         raise AdapterError(f"{where}: an empty adapter: no LoRA factor in it")
+    if said_twice := doubled(name for name in factors if name not in experts):
+        warnings.warn(f"{where}: {said_twice}: each is a module of its own", stacklevel=2)
     base = base if isinstance(base, str) else None
     return Layout(where, format, base, config, metadata, factors, saved, scales, experts)
 

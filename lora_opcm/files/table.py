@@ -15,11 +15,16 @@ def formats() -> dict[str, Format]:
     return {f.name: f for f in (peft.FORMAT, kohya.FORMAT, diffusers.FORMAT)} | plugins.found("formats")
 
 
-def names_in(format: str, adapter: Adapter) -> dict[str, str]:
-    """Module name of an adapter → its name in a file of a format; AdapterError where there is none."""
+def expect_format(format: str, where: str) -> None:
+    """Raise AdapterError, with the nearest name, if there is no such format."""
     if format not in formats():
         hint = nearest(str(format), formats())
-        raise AdapterError(f"{adapter.source}: format is {format!r}, expected one of {', '.join(formats())}{hint}")
+        raise AdapterError(f"{where}: format is {format!r}, expected one of {', '.join(formats())}{hint}")
+
+
+def names_in(format: str, adapter: Adapter) -> dict[str, str]:
+    """Module name of an adapter → its name in a file of a format; AdapterError where there is none."""
+    expect_format(format, adapter.source)
     if format == adapter.format:
         return {name: name for name in adapter.modules}
     return formats()[format].names(adapter)

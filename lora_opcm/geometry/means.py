@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,25 +35,44 @@ def karcher_mean(
 ) -> Tensor:
     """Frame, shape=[n, k], where Σ wᵢ geodesic_distance(U, Uᵢ)² is stationary, by U ← exp(U, Σ wᵢ log(U, Uᵢ)).
 
-    Starts at the chordal mean, with starts > 1 also at the first frames, and returns the lowest end. Done when
-    ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1); warns if max_iter steps do not reach that. Frames
-    of one dimension. Unique if they lie in a ball of radius π/4 (Afsari 2011); beyond it there may be several
+    Starts at the chordal mean, with starts > 1 also at the frames that have the least sum, and returns the lowest end.
+    Done when ‖Σ wᵢ log(U, Uᵢ)‖_F <= tol (radians, weights scaled to sum 1); warns if max_iter steps do not reach that.
+    Frames of one dimension. Unique if they lie in a ball of radius π/4 (Afsari 2011); beyond it there may be several
     stationary points, this need not be the lowest, and more than two frames further than π/4 from it warn.
     """
+    found = stationary(frames, weights, tol, max_iter, starts)
+    if found.gradient > tol:
+        warnings.warn(f"karcher_mean: gradient {found.gradient:.1e} > {tol:.1e} after {max_iter} steps", stacklevel=2)
+    if found.far:
+        text = "karcher_mean: frames lie further than π/4 from it, other starts may end elsewhere (starts=…)"
+        warnings.warn(text, stacklevel=2)
+    return found.frame
+
+
+class Stationary(NamedTuple):
+    """Where the iteration for a Karcher mean ended: the frame, the gradient there, and whether another may be lower."""
+
+    frame: Tensor
+    gradient: float
+    far: bool
+
+
+def stationary(frames: Frames, weights: Weights, tol: float, max_iter: int, starts: int) -> Stationary:
+    """`karcher_mean`, which says the same in warnings."""
     frames, w, _, dtype = collect64(frames, weights, None)
     if not 1 <= starts <= len(frames) + 1:
         raise ValueError(f"expected 1 <= starts <= {len(frames) + 1}, the chordal mean and the frames, got {starts}")
     stack = torch.stack(list(frames))  # (T, n, k)
     share = torch.tensor(w, dtype=stack.dtype, device=stack.device) / sum(w)
-    ends = [_karcher(U, stack, share, tol, max_iter) for U in [chordal_mean(frames, w), *frames][:starts]]
-    costs = [float((share * geodesic_distance(U, stack).square()).sum()) for U, _ in ends]
-    U, gradient = ends[costs.index(min(costs))]
-    if gradient > tol:
-        warnings.warn(f"karcher_mean: gradient {gradient:.1e} > {tol:.1e} after {max_iter} steps", stacklevel=2)
-    if len(frames) > 2 and geodesic_distance(U, stack[share > 0]).max() > math.pi / 4:
-        text = "karcher_mean: frames lie further than π/4 from it, other starts may end elsewhere (starts=…)"
-        warnings.warn(text, stacklevel=2)
-    return U.to(dtype)
+
+    def cost(U: Tensor) -> float:
+        return float((share * geodesic_distance(U, stack).square()).sum())
+
+    others = sorted(frames, key=cost) if starts > 1 else ()  # by what they are, so that their order does not matter
+    ends = [_karcher(U, stack, share, tol, max_iter) for U in [chordal_mean(frames, w), *others][:starts]]
+    U, gradient = min(ends, key=lambda end: cost(end[0]))
+    far = len(frames) > 2 and bool(geodesic_distance(U, stack[share > 0]).max() > math.pi / 4)
+    return Stationary(U.to(dtype), gradient, far)
 
 
 def _karcher(U: Tensor, stack: Tensor, share: Tensor, tol: float, max_iter: int) -> tuple[Tensor, float]:

@@ -15,6 +15,7 @@ from ..parallel import Progress, parallel_map
 from ..values import AUTO, Energy, Full, Limit, Scale, expect, factor, norms
 from .core import Core
 from .method import Method, method_of
+from .remarks import tell
 from .sketch import sketched_sum, worth
 from .space import SPACES, Merged, merge_module, side_by_side
 
@@ -226,9 +227,9 @@ def merge_part(
             f" they are at most {max(bounds):.2g} σ₁ further off than the best of rank {rank}, as sketch=False has it",
             stacklevel=3,
         )
-    modules = {name: found[name].update for name in shapes}
+    tell([m.remarks for m in found.values()], stacklevel=3)
     merged = replace(
-        merged.with_modules(modules),
+        merged.with_modules({name: found[name].update for name in shapes}),
         dropped={name: found[name].dropped for name in shapes},
         dtype=dtype or merged.dtype,
     )
@@ -266,7 +267,7 @@ def checked(
         raise ValueError(f"expected {len(adapters)} weights, one per adapter, got {len(weights)}")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, got {weights}")
-    adapters = matched(dropping(adapters, drop), disjoint)
+    adapters = matched(dropping(adapters, drop), disjoint, entry.adds(rank, energy, scale))
     return entry, weights, adapters, combine(adapters, adapters[0].modules, any_base, full)
 
 

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .. import plugins
-from ..values import expect_options, nearest, value_of
+from ..values import expect_options, nearest, norms, value_of
 
 if TYPE_CHECKING:
     import pandas
@@ -102,6 +102,11 @@ class Method:
     def summary(self) -> str:
         """What it does, in one line."""
         return (inspect.getdoc(self.rule) or "").partition("\n")[0]
+
+    def adds(self, rank: int | None = None, energy: float | None = None, scale: float | str | None = None) -> bool:
+        """Whether a merge at this cut and scale is a sum times a number: of sums, it is the sum of the merges."""
+        cut = self.largest or rank is not None or energy is not None
+        return self.share is not None and not cut and norms(self.scale if scale is None else scale) is None
 
     def check(self, **options: object) -> None:
         """Raise a ValueError for an option that the rule does not have, or a value that is none."""

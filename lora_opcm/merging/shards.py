@@ -24,6 +24,7 @@ from ..files.bundle import damaged, load_bundle, save_bundle
 from ..files.joint import respell, spellings
 from ..lowrank import LowRank
 from .merge import Part, merge_part
+from .method import method_of
 
 
 class Shard(msgspec.Struct):
@@ -67,7 +68,7 @@ def merge_shard(
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"expected a shard (index, count) with 0 ≤ index < count, got {shard}")
-    part = merge_part(_own(adapters, shard, call), method, **call | {"disjoint": True, "drop": ()})
+    part = merge_part(_own(adapters, shard, method, call), method, **call | {"disjoint": True, "drop": ()})
     said = {"method": method} | {k: v for k, v in call.items() if k not in ("device", "grams", "progress")}
     said["scale"] = part.scale
     content = Shard(
@@ -84,11 +85,14 @@ def merge_shard(
     return save_bundle(output, "shard", part.adapter, content, tensors)
 
 
-def _own(paths: Sequence[str | os.PathLike], shard: tuple[int, int], call: Mapping[str, Any]) -> list[Adapter]:
+def _own(
+    paths: Sequence[str | os.PathLike], shard: tuple[int, int], method: str, call: Mapping[str, Any]
+) -> list[Adapter]:
     """What a shard merges of the adapters: their names, which the whole of them decides, and no other tensor."""
     whole = dropping([outline(path) for path in paths], call.get("drop", ()))
     own = []
-    for path, names in zip(paths, spellings(whole, call.get("disjoint", False)), strict=True):
+    twice = method_of(method).adds(*(call.get(x) for x in ("rank", "energy", "scale")))
+    for path, names in zip(paths, spellings(whole, call.get("disjoint", False), twice), strict=True):
         mine = {name for name in names if belongs(names[name], shard)}
         own.append(respell(load_adapter(path, only=mine.__contains__), names, whole[0].format))
     return own

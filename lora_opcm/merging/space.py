@@ -9,19 +9,21 @@ from ..lowrank import LowRank, add
 from ..values import AUTO, norms
 from .core import Core, Spectrum
 from .method import Method
+from .remarks import hearing
 
 
 class Merged(NamedTuple):
     """One module: its update, the share of its squared norm that was cut off, and what the whole is scaled by.
 
     `sizes` has, for every group (the factors of `lora_opcm` are two), the squared norm of the uncut sum, then those of
-    its parts; it is empty where the scale asks for no norms. `bound` is that of a sketch.
+    its parts; it is empty where the scale asks for no norms. `bound` is that of a sketch, `remarks` are the rule's.
     """
 
     update: LowRank
     dropped: float
     sizes: list[list[float]]
     bound: float | None = None
+    remarks: Sequence[str] = ()
 
 
 class Space(NamedTuple):
@@ -74,14 +76,15 @@ def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], scale: flo
     """The merge of one module, entered into the method's space already; `cut` has its rank and energy."""
     space, late = SPACES[method.space], dict(cut)
     early = {name: late.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
-    found, groups = method.rule(inside, **options, **early), None
+    with hearing() as remarks:
+        found, groups = method.rule(inside, **options, **early), None
     if method.space == "updates" and isinstance(found, tuple):
         found, groups = found  # sizes of its own, of what is no update
     update, dropped = space.leave(inside, found, late.get("rank"), late.get("energy"))
     if norms(scale) is None:
-        return Merged(update.to("cpu"), dropped, [])
+        return Merged(update.to("cpu"), dropped, [], remarks=remarks)
     sizes = space.sizes(inside, found) if groups is None or scale == AUTO else groups
-    return Merged(update.to("cpu"), dropped, sizes)
+    return Merged(update.to("cpu"), dropped, sizes, remarks=remarks)
 
 
 def side_by_side(updates: Sequence[LowRank], sized: bool) -> Merged:

@@ -158,11 +158,12 @@ class Stream(ABC, Generic[S]):
         dtype, count = str(adapter.dtype).removeprefix("torch."), len(self.state.members)
         member = Member(name or f"adapter {count + 1}", adapter.norm(), adapter.id, {}, dtype)
         if self.like is None:
+            matched([adapter], twice=False)
             like = replace(
                 adapter, saved=full_tensors([adapter], full), config=config_of(adapter.config, [adapter], full)
             )
         else:
-            _, adapter = pair = matched([self.like, adapter], disjoint)
+            _, adapter = pair = matched([self.like, adapter], disjoint, twice=False)
             like = combine(pair, self.like.modules, any_base, full)
         kept = self.state.modules
 

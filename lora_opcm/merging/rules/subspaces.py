@@ -1,15 +1,15 @@
 """Means of subspaces, and the sum seen through them."""
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from ... import geometry
+from ...geometry.means import stationary
 from ...numerics import RTOL_SINGLE
 from ...values import AUTO, Count, Density, Limit, Rule
 from ..core import Core, Spectrum
 from ..method import merge_method
+from ..remarks import remark
 from .entries import canonical, elect, trim
 from .frames import polar
 
@@ -20,7 +20,7 @@ def onto(core: Core, left: Tensor, right: Tensor) -> Tensor:
     inside = left.mT @ total @ right
     largest = max(float(c.norm()) for c in core.cores)
     if float(total.norm()) > 1e-3 * largest and float(inside.norm()) < 0.1 * float(total.norm()):
-        warnings.warn("the mean subspaces of a module keep less than 1 % of the sum of its updates", stacklevel=2)
+        remark("the mean subspaces keep less than 1 % of the sum of the updates")
     return left @ inside @ right.mT
 
 
@@ -51,18 +51,25 @@ def chordal_mean(core: Core, k: Limit = None) -> Tensor:
 
 
 @merge_method("karcher_mean", source="this package")
-def karcher_mean(core: Core, k: Limit = None) -> Tensor:
+def karcher_mean(core: Core, k: Limit = None, starts: Count = 1) -> Tensor:
     """As `chordal_mean`, with the means of squared geodesic distance; k directions of every task.
 
-    Iterates to a gradient of 1e-6 at most 100 times: subspaces of unrelated adapters are nearly orthogonal,
-    far outside the ball where the mean is unique, and the iteration then creeps.
+    Iterates to a gradient of 1e-6 at most 100 times: subspaces of unrelated adapters are nearly orthogonal, far
+    outside the ball where the mean is unique, and the iteration then creeps. With starts > 1 it begins again at as many
+    of the subspaces, those of the least squared distances to the others first, and keeps the lowest end.
     """
     frames, k = leading(core, k, common=True)
     if not frames:
         return torch.zeros_like(core.cores[0])
-    left = geometry.karcher_mean([u[:, :k] for u, _, _ in frames], tol=1e-6, max_iter=100)
-    right = geometry.karcher_mean([vh[:k].mT for _, _, vh in frames], tol=1e-6, max_iter=100)
-    return onto(core, left, right)
+    sides = [u[:, :k] for u, _, _ in frames], [vh[:k].mT for _, _, vh in frames]
+    ends = [stationary(side, None, 1e-6, 100, min(starts, 1 + len(side))) for side in sides]
+    if any(end.gradient > 1e-6 for end in ends):
+        remark("karcher_mean stopped after 100 steps, before it was stationary")
+    if any(end.far for end in ends):
+        every = len(core.factors) + 1
+        hint = f"; --option starts={every} (starts={every}) begins at each" * (starts < every)
+        remark(f"the subspaces lie further than π/4 from their karcher_mean, where there may be a lower one{hint}")
+    return onto(core, ends[0].frame, ends[1].frame)
 
 
 @merge_method("quotient_mean", source="after GeoMerge, arXiv 2604.27155")
