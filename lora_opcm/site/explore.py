@@ -24,7 +24,7 @@ from ..lab.evidence.tables import Evidence, Row
 from .figures import METHOD, TASK, colour
 
 FOLDER = Path("book", "_static", "explore")
-OPENS = ("ng-sci", "tweets")  # of the desk
+OPENS = ("ng-comp", "ng-religion")  # of the desk
 STEPS = {-2: "½", -1: "1/√2", 0: "1", 1: "√2", 2: "2", 3: "2√2", 4: "4"}  # lengths, in mean norms of the adapters
 PAIRS = {  # of adapters that ship, on the dial
     "ng-sci and tweets": ("ng-sci", "tweets"),

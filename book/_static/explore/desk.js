@@ -2,8 +2,8 @@
 (() => {
   "use strict";
   const { html, svg, choice, grip, text } = explore.kit;
-  const CELLS = 28, // of the map, on a side
-    MOST = 20, // points lost at which the map is palest
+  const CELLS = 20, // of the map, on a side
+    MOST = 15, // points lost at which the map is palest
     BAND = 2.5; // points of one shade
   const LEFT = 46,
     TOP = 12,
@@ -53,8 +53,8 @@
       const cell = svg("rect", {
         x: LEFT + i * size,
         y: TOP + j * size,
-        width: size + 0.3,
-        height: size + 0.3,
+        width: size,
+        height: size,
         class: "lo-shade",
       });
       cell.at = [((i + 0.5) * most) / CELLS, ((CELLS - j - 0.5) * most) / CELLS];

@@ -11,6 +11,7 @@
     "stroke-width",
     "stroke-dasharray",
     "stroke-linecap",
+    "paint-order",
     "text-anchor",
     "font-weight",
     "font-size",
