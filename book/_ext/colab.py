@@ -214,6 +214,8 @@ class Copy:
             figure = f"Figure {chapter(self.page.env, self.page.name)}{self.figures}"
             self.caption = f"**{figure}.** "
             return f"Code of {figure}"
+        if title := cell.metadata.get("mystnb", {}).get("code_prompt_show"):
+            return title
         if "remove-cell" in tags:
             names = {"parameters": "Parameters", "injected-parameters": "Parameters of this run"}
             return next((names[tag] for tag in tags & set(names)), "Setup")
