@@ -86,6 +86,17 @@ def test_no_step_of_a_slider_moves_an_axis(log, ends):
     assert same.layout.xaxis.range is None
 
 
+def test_a_slider_opens_at_the_step_that_is_named():
+    frames = {label: pd.DataFrame({"A": [0, i], "B": [2, i]}, index=[1, 2]) for i, label in enumerate("xyz")}
+    for opens, place in ((None, 0), ("y", 1)):
+        figure = figures.slider_lines(frames, {}, prefix="", alt="", x="", y="", opens=opens)
+        assert [trace.visible for trace in figure.data] == [i // 2 == place for i in range(6)]
+        [slider] = figure.layout.sliders
+        assert slider.active == place
+        shown = [a.to_plotly_json() for a in figure.layout.annotations]
+        assert shown == list(slider.steps[place].args[1]["annotations"])
+
+
 def test_names_stand_at_the_ends_of_their_lines_and_not_on_each_other():
     frames = {"a": pd.DataFrame({"A": [5, 10.0], "B": [1, 9.9], "C": [2, 0.0]}), "b": pd.DataFrame({"A": [0, 3.0]})}
     figure = figures.slider_lines(frames, {"C": "#123456"}, prefix="", alt="", x="x", y="y", height=470)

@@ -144,18 +144,20 @@ def slider_lines(
     y: str,
     log_y: bool = False,
     height: int = 460,
+    opens: str | None = None,
 ) -> go.Figure:
     """One line a column, one slider step a frame, on axes that no step moves; works without a kernel.
 
     `frames` maps a step's label to a table whose index is x and whose columns are the lines. Names stand at the ends
-    of their lines, and in a legend where a page is too narrow for that.
+    of their lines, and in a legend where a page is too narrow for that. The first step is shown, or the one that `opens`.
     """
+    opens = next(iter(frames)) if opens is None else opens
     figure, ruler = go.Figure(), _ruler([table.values for table in frames.values()], log_y)
     tints = {name: known(name) or colours.get(name, BLUE) for table in frames.values() for name in table.columns}
-    for step, table in enumerate(frames.values()):
+    for label, table in frames.items():
         for name in table.columns:
             figure.add_scatter(
-                x=list(table.index), y=table[name].round(5).tolist(), name=name, visible=step == 0,
+                x=list(table.index), y=table[name].round(5).tolist(), name=name, visible=label == opens,
                 mode="lines+markers", marker={"size": 5}, line={"color": tints[name]},
             )  # fmt: skip
     owners = [label for label, table in frames.items() for _ in table.columns]
@@ -168,14 +170,14 @@ def slider_lines(
         }
         for label in frames
     ]
-    slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0}
+    slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0, "active": list(frames).index(opens)}
     figure.update_yaxes(type="log" if log_y else "linear", title=y, range=ruler)
     if log_y:
         figure.update_yaxes(dtick="D2" if ruler[1] - ruler[0] < 3 else 1)
     if len({tuple(table.index) for table in frames.values()}) > 1:
         figure.update_xaxes(range=_ruler([table.index for table in frames.values()]))
     right = 35 + 7 * max(map(len, tints))
-    finish(figure, alt, height, xaxis_title=x, sliders=[slider], annotations=ends[next(iter(frames))])
+    finish(figure, alt, height, xaxis_title=x, sliders=[slider], annotations=ends[opens])
     return figure.update_layout(showlegend=False, margin={"r": right}, meta={**figure.layout.meta, "ends": True})
 
 
