@@ -21,6 +21,7 @@ from lora_opcm.site.figures import TASK
 FOLDER = SITE.parent.parent / explore.FOLDER
 DIAL, BENCH, DESK = "book/similarity.html", "book/practice/which_method.html", "book/practice/two_loras.html"
 PAGES = pytest.mark.parametrize("name", [DIAL, BENCH, DESK], ids=["dial", "bench", "desk"])
+STILLS = ", ".join(f"img[src$='/{name}.svg']" for name in explore.MADE)
 FACES = {  # of each figure: what is pressed to see it
     DIAL: [["in four dimensions"], ["two real adapters", "O(n)"]], BENCH: [["16"], ["two of them"]],
     DESK: [["the worse-off task"], ["tweets"]],
@@ -157,7 +158,8 @@ def opened(context, server):
         page.on("pageerror", lambda e: troubles.append(str(e)))
         page.on("request", lambda r: requests.append(r.url))
         page.goto(f"{base}/{name}", wait_until="load")
-        page.wait_for_selector(".lo-explore[data-ready]")
+        page.locator(STILLS).first.evaluate("still => still.scrollIntoView({block: 'center', behavior: 'instant'})")
+        page.wait_for_selector(".lo-explore[data-ready]")  # it wakes near the screen
         page.locator(".lo-explore").evaluate("b => b.scrollIntoView({block: 'center', behavior: 'instant'})")
         return page
 
