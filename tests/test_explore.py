@@ -338,7 +338,8 @@ def _counted(task, other):
     )
     rows = table[(table[mine] == task) & (table[its] == other)]
     grid = rows.pivot(index=f"weight of {mine}", columns=f"weight of {its}", values=f"{mine} right")
-    return RegularGridInterpolator((grid.index, grid.columns), grid.to_numpy() / rows[f"texts of {mine}"].iloc[0])
+    share = RegularGridInterpolator((grid.index, grid.columns), grid.to_numpy() / rows[f"texts of {mine}"].iloc[0])
+    return lambda at: float(share([at])[0])
 
 
 @in_browser
@@ -353,8 +354,8 @@ def test_the_desk_shows_what_was_counted_and_lines_between(first, second, at, op
     for weight, slider in zip(at, page.locator(".lo-weight input").all(), strict=True):
         slider.fill(str(weight))
     found, (one, other) = _numbers(page, ".lo-explore"), (_counted(first, second), _counted(second, first))
-    accuracy = [one(at)[0], other(at[::-1])[0]]
-    lost = [100 * (share((1, 0))[0] - now) for share, now in zip((one, other), accuracy, strict=True)]
+    accuracy = [one(at), other(at[::-1])]
+    lost = [100 * (share((1, 0)) - now) for share, now in zip((one, other), accuracy, strict=True)]
     assert found["tasks"] == [first, second] and found["at"] == pytest.approx(at)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-4) and found["lost"] == pytest.approx(lost, abs=1e-2)
     assert f"{first} loses {lost[0]:.1f} points".replace("-", "−") in page.locator(".lo-say").text_content()
