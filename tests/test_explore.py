@@ -358,7 +358,8 @@ def test_the_desk_shows_what_was_counted_and_lines_between(first, second, at, op
     lost = [100 * (share((1, 0)) - now) for share, now in zip((one, other), accuracy, strict=True)]
     assert found["tasks"] == [first, second] and found["at"] == pytest.approx(at)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-4) and found["lost"] == pytest.approx(lost, abs=1e-2)
-    assert f"{first} loses {lost[0]:.1f} points".replace("-", "−") in page.locator(".lo-say").text_content()
+    points = f"{lost[0]:.1f}".replace("-", "−")
+    assert f"{first} loses {points} points" in page.locator(".lo-say").text_content()
     shares = page.locator(".lo-mixed .lo-strong").all_text_contents()[1::2]
     assert shares == [f"{100 * now:.0f} % right" for now in accuracy]
 
