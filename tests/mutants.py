@@ -32,11 +32,11 @@ from cosmic_ray.plugins import get_operator
 ROOT, LIMIT = Path(__file__).resolve().parent.parent, 120  # seconds for the tests of one mutant
 # What the name of a file of the package begins with → the tests that are there to notice.
 TESTS = {
-    "merging/rules/": "golden joint references sums opcm methods lowrank",
+    "merging/rules/": "golden joint references sums opcm methods lowrank starts",
     "merging/core": "lowrank golden joint references scale", "merging/sketch": "sketch",
     "merging/merge": "golden methods values_merge lowrank scale",
     "merging/method": "methods entry_points references lowrank", "merging/shards": "scale",
-    "merging/plan": "plan_costs plan values_report lowrank",
+    "merging/remarks": "starts methods", "merging/plan": "plan_costs plan values_report lowrank",
     "streams/": "opcm sums values_states entry_points methods", "geometry/": "geometry similarity values references",
     "gauge": "similarity lowrank values_states methods",
     "command/app": "values values_merge values_report values_states cli",
