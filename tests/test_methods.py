@@ -580,3 +580,12 @@ def test_what_truncation_drops_is_reported(method):
         s = u.svd()[1]
         assert cut.dropped[name] == pytest.approx(float(s[2:].square().sum() / s.square().sum()), abs=1e-9)
         assert cut.modules[name].rank == 2
+
+
+@pytest.mark.parametrize("method", ["cat", "task_arithmetic"])
+def test_a_plain_sum_is_the_stored_factors_side_by_side(method, generator):
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    one, other = (lo.LowRank(normal(9, r), normal(r, 12)) for r in (2, 3))
+    found = lo.merge([lo.Adapter({"w": one}), lo.Adapter({"w": other})], method, scale=1.0)["w"]
+    assert found.left.equal(torch.cat([one.left, other.left], 1))
+    assert found.right.equal(torch.cat([one.right, other.right]))

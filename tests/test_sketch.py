@@ -115,3 +115,9 @@ def test_plans_count_what_a_sketch_saves():
     assert (many.sketched, few.sketched) == (1, 0)
     assert many.products + many.factorisations < (few.products + few.factorisations) / 10
     assert lo.plan({"w": (4096, 4096)}, "tsv", count=512, rank=16, machine=machine).sketched == 0
+
+
+def test_the_mean_bound_is_that_of_halko_martinsson_and_tropp():
+    """Corollary 10.10 of arXiv 0909.4061: rank 6, 16 vectors more, two rounds, min(m, n) = 200."""
+    without = 1 + (6 / 15) ** 0.5 + 2.718281828459045 * (22 * 194) ** 0.5 / 16
+    assert expected(SHAPE, 6) == pytest.approx(without**0.2, rel=1e-12)

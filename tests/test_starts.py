@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from by_hand import deltas_of, gap, random_factors, run, svd, write_peft
 
 import lora_opcm as lo
@@ -89,3 +90,17 @@ def test_a_rule_alone_warns_at_once():
     with pytest.warns(UserWarning) as told:
         remarks.tell([["odd", "odd"], ["odder"], ["odd"], []])
     assert [str(w.message) for w in told] == ["2 of 4 modules: odd", "1 of 4 modules: odder"]
+
+
+@pytest.mark.parametrize("rest, told", [(0.1, 1), (1e-4, 0)])
+def test_a_mean_that_keeps_nothing_of_the_sum_is_told_of_where_there_is_a_sum(rest, told):
+    """Two updates that cancel but for a rest elsewhere; a rest a ten-thousandth as large is no sum to speak of."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    one, other = lo.LowRank(normal(200, 3), normal(3, 160)), lo.LowRank(rest * normal(200, 3), normal(3, 160))
+    less = lo.LowRank(torch.cat([-one.left, other.left], 1), torch.cat([one.right, other.right]))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        lo.merge([lo.Adapter({"w": one}), lo.Adapter({"w": less})], "chordal_mean", k=3)
+    said = [str(w.message) for w in heard]
+    assert said == ["1 of 1 modules: the mean subspaces keep less than 1 % of the sum of the updates"] * told
