@@ -188,6 +188,12 @@ def test_three_shards_give_the_bytes_of_one_process(method, inputs, tmp_path):
     assert call == {"method": method, "rank": 4, "weights": [1.0, 0.5, -1.0, 2.0], "scale": REGISTRY[method].scale}
 
 
+def test_a_single_shard_is_the_whole(inputs, tmp_path):
+    lo.save_adapter(lo.merge(inputs, "tsv", rank=4), tmp_path / "whole")
+    lo.save_adapter(join([merge_shard(inputs, tmp_path / "part", (0, 1), "tsv", rank=4)])[0], tmp_path / "joined")
+    assert files(tmp_path / "joined") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", ["cat", "tsv", "lora_opcm", "ties", "knots_ties"])
 def test_shards_by_auto_have_the_norm_of_the_rule_together(method, inputs, tmp_path):
     parts = [merge_shard(inputs, tmp_path / f"{i}", (i, 3), method, rank=2, scale="auto") for i in range(3)]
