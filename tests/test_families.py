@@ -523,7 +523,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(tiny, tmp_path):
     assert not list((tmp_path / "cache" / "runs").iterdir())  # the checkpoints are gone
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_gpu_profile_rehearses_from_data_to_page(tmp_path):
     """Checkpoints, training killed once and resumed, merges, evaluation, notebooks, pages: all on one CPU."""
     import shutil

@@ -121,3 +121,11 @@ def test_the_mean_bound_is_that_of_halko_martinsson_and_tropp():
     """Corollary 10.10 of arXiv 0909.4061: rank 6, 16 vectors more, two rounds, min(m, n) = 200."""
     without = 1 + (6 / 15) ** 0.5 + 2.718281828459045 * (22 * 194) ** 0.5 / 16
     assert expected(SHAPE, 6) == pytest.approx(without**0.2, rel=1e-12)
+
+
+def test_large_numbers_do_not_overflow():
+    """Products of five updates of size 1e12 are beyond what single precision holds."""
+    updates = shared(40, 4, 0.1)
+    (found, dropped, bound), (large, same, there) = (sketched_sum([u * f for u in updates], 6, 0) for f in (1.0, 1e12))
+    assert float((dense(large) / 1e12 - dense(found)).norm() / dense(found).norm()) < 1e-4
+    assert (same, there) == (pytest.approx(dropped, rel=1e-3), pytest.approx(bound, rel=1e-2))

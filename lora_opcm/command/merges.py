@@ -160,7 +160,9 @@ def merged_into(
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
         merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {call['method']}"), **call)
         merged = spelled_in(merged, format or merged.format, dropping(loaded, call.get("drop") or ()))
-        path = recipe.write_merge(merged, output, inputs, call, format, torch_dtype(dtype), overwrite, choice)
+        path = recipe.write_merge(
+            merged, output, inputs, call, overwrite=overwrite, format=format, dtype=torch_dtype(dtype), choice=choice
+        )
     wrote(path, merged)
     given = call["scale"] != AUTO and method_of(call["method"]).scale == AUTO
     if given and (rule := _by_rule(call, loaded)) and not 1 / FAR < (times := merged.norm() / rule) < FAR:
@@ -263,7 +265,7 @@ def join_(
 
     recipe.refuse_existing(output, overwrite, format)
     merged, call, inputs = join(parts)
-    wrote(recipe.write_merge(merged, output, inputs, call, format, overwrite=overwrite), merged)
+    wrote(recipe.write_merge(merged, output, inputs, call, overwrite=overwrite, format=format), merged)
 
 
 def fuse_(

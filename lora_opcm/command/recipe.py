@@ -89,9 +89,10 @@ def write_merge(
     output: str | os.PathLike,
     inputs: Sequence[tuple[str, str]],
     call: Mapping[str, Any],
+    *,
+    overwrite: bool,
     format: str | None = None,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
     choice: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a merged adapter, its recipe, and a card where it is a folder.

@@ -55,10 +55,10 @@ def sketched_sum(updates: Sequence[LowRank], rank: int, seed: int) -> Sketch:
     x = beside(q, total.left @ (total.right @ probes.to(total.dtype)))
     lost = float(x.double().square().sum()) / PROBES
     for _ in range(STEPS):  # (RRᵀ)^STEPS R on the probes, R = S − QQᵀS, kept from overflow
-        norm = float(x.norm()) or 1.0
+        norm = float(x.double().norm()) or 1.0  # squares of single precision overflow at 1e19
         log, x = log + math.log(norm), x / norm
         x = beside(q, total.left @ (total.right @ (total.right.mT @ (total.left.mT @ beside(q, x)))))
-    furthest = 10 * (2 / math.pi) ** 0.5 * float(x.norm(dim=0).max())
+    furthest = 10 * (2 / math.pi) ** 0.5 * float(x.double().norm(dim=0).max())
     missed = math.exp((log + math.log(furthest)) / (2 * STEPS + 1)) if furthest else 0.0
     largest = float(torch.linalg.matrix_norm(update.left.double(), 2)) ** 2  # √σ₁ on either side
     dropped = (beyond * held + lost) / (held + lost) if held + lost else 0.0

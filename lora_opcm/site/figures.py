@@ -149,7 +149,8 @@ def slider_lines(
     """One line a column, one slider step a frame, on axes that no step moves; works without a kernel.
 
     `frames` maps a step's label to a table whose index is x and whose columns are the lines. Names stand at the ends
-    of their lines, and in a legend where a page is too narrow for that. The first step is shown, or the one that `opens`.
+    of their lines, and in a legend where a page is too narrow for that. The first step is shown, or the one named by
+    `opens`.
     """
     opens = next(iter(frames)) if opens is None else opens
     figure, ruler = go.Figure(), _ruler([table.values for table in frames.values()], log_y)
@@ -170,7 +171,13 @@ def slider_lines(
         }
         for label in frames
     ]
-    slider = {"steps": steps, "currentvalue": {"prefix": prefix}, "pad": {"t": 65}, "len": 1.0, "active": list(frames).index(opens)}
+    slider = {
+        "steps": steps,
+        "currentvalue": {"prefix": prefix},
+        "pad": {"t": 65},
+        "len": 1.0,
+        "active": list(frames).index(opens),
+    }
     figure.update_yaxes(type="log" if log_y else "linear", title=y, range=ruler)
     if log_y:
         figure.update_yaxes(dtick="D2" if ruler[1] - ruler[0] < 3 else 1)
