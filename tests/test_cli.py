@@ -410,6 +410,7 @@ def test_who_waits_for_a_state_is_told(folder):
     assert lo.ContinualMerger.load(folder / "s.safetensors").state.names == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_two_processes_that_add_lose_nothing(folder):
     command = [sys.executable, "-c", "from lora_opcm.command.app import main; main()", "add", "s.safetensors"]
     running = [subprocess.Popen([*command, name], cwd=folder, stdout=subprocess.DEVNULL) for name in "abc"]

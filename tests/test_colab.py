@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 from bs4 import BeautifulSoup
 
+pytestmark = pytest.mark.xdist_group("pages")  # translated once
 ROOT = Path(__file__).parent.parent
 BOOK = {
     "index.md": "# Root\n\n```{toctree}\n:numbered:\none\ntwo\n```\n",

@@ -150,7 +150,7 @@ def test_only_real_runs_are_published(profile):
     "old, new, words",
     [
         ("count: 5", "cuont: 5", "has no parameter cuont"),
-        ("full:", "fulll:", "expected one of quick, fulll"),
+        pytest.param("full:", "fulll:", "expected one of quick, fulll", marks=pytest.mark.slow),
     ],
 )
 def test_misspelt_parameters_and_profiles_are_refused(checkout, old, new, words):

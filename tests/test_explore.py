@@ -65,6 +65,7 @@ def test_usual_angles_lie_where_their_mean_square_says():
         assert np.mean(np.cos(np.deg2rad(angles)) ** 2) == pytest.approx(null.mean, abs=error)
 
 
+@pytest.mark.slow
 def test_accuracies_of_the_bench_are_counted_texts():
     """Counted once more from the outcomes, with nothing of the tables but the choice of the scale."""
     data, run, rows = explore.read("bench", FOLDER), tables.published(), 0

@@ -182,6 +182,7 @@ def test_a_published_file_is_the_run_rounded_with_the_commonest_answers(written,
     assert said["right"]["a"].sum() == 30 and said["right"]["b"].sum() == 10
 
 
+@pytest.mark.slow
 def test_the_published_file_is_whole():
     path = tables.data_dir() / "results" / tables.FILE
     assert path.stat().st_size < 2**20

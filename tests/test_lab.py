@@ -39,6 +39,7 @@ def test_splits_are_disjoint_and_as_the_manifest_says():
         assert task.sha256 == MANIFEST[name]["data_sha256"], name
 
 
+@pytest.mark.slow
 def test_the_joint_task_has_every_text_with_the_sentence_of_its_label():
     joint, parts = joint_task(), [load_task(name) for name in tasks()]
     for label, sentence, group in zip(joint.labels, joint.sentences, joint.groups, strict=True):
@@ -55,6 +56,7 @@ def test_the_joint_task_has_every_text_with_the_sentence_of_its_label():
         assert Counter(found) == Counter(apart) and found != apart, split  # mixed: a tenth is held out of the end
 
 
+@pytest.mark.slow
 def test_small_tasks_share_no_class_and_no_text_of_a_split():
     seen = Counter()
     for name in small_tasks():

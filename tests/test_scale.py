@@ -49,7 +49,7 @@ def test_in_batches_as_module_by_module(method, ranks, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_in_batches_in_every_dtype(method, dtype, device):
     there, here = both(method, many(method, dtype), device)
@@ -202,6 +202,7 @@ def test_shards_by_auto_have_the_norm_of_the_rule_together(method, inputs, tmp_p
     assert joined.norm() == pytest.approx(expected, rel=1e-3) and call["scale"] == "auto"  # float16
 
 
+@pytest.mark.slow
 def test_shards_in_processes_of_their_own(inputs, tmp_path):
     code = "import sys; from lora_opcm.merging.shards import merge_shard\n"
     code += "merge_shard(sys.argv[3:], sys.argv[2], (int(sys.argv[1]), 3))"

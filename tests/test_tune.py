@@ -102,7 +102,13 @@ def as_texts(rows, name="task", labels=LABELS):
 
 @pytest.mark.filterwarnings("ignore:adapter. gains")
 @pytest.mark.parametrize(
-    ("method", "norms"), [("tsv", 2**0.5), ("task_arithmetic", 2.0), ("opcm", 1.0), ("whitened_sum", 32**0.5)]
+    ("method", "norms"),
+    [
+        ("tsv", 2**0.5),
+        pytest.param("task_arithmetic", 2.0, marks=pytest.mark.slow),
+        pytest.param("opcm", 1.0, marks=pytest.mark.slow),
+        ("whitened_sum", 32**0.5),
+    ],
 )
 def test_the_planted_method_and_length_are_chosen(llama, model, method, norms):
     """The labels are drawn from one merge of two adapters: it is the one that loses least on them."""
