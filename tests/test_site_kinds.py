@@ -56,7 +56,7 @@ def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
     assert stuck == [] and covered == []
 
 
-@pytest.mark.parametrize("name", site_pages('"scene":'))
+@pytest.mark.parametrize("name", site_pages('"type":"scatter3d"', '"type":"mesh3d"'))
 def test_a_finger_turns_space_once_asked_to(name, opened):
     page = opened(name, PHONE)
     for box in _figures(page):
