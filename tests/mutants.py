@@ -99,11 +99,14 @@ def mutants(file: Path) -> list[tuple[Operator, int, int]]:
 
 
 class Noted:
-    """A plugin of pytest: `failed` names the test that failed, or the file that cannot be imported."""
+    """A plugin of pytest: `file` names the test that failed, or the file that cannot be imported."""
+
+    def __init__(self, file: Path):
+        self.file = file  # whole: a test may fail in another folder
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            Path("failed").write_text(report.nodeid)
+            self.file.write_text(report.nodeid)
 
     pytest_collectreport = pytest_runtest_logreport
 
@@ -115,8 +118,8 @@ def tests_pass(copy: Path, tests: list[str], limit: float = LIMIT) -> bool | Non
         os.chdir(copy)
         os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
         os.dup2(1, 2)
-        options = "-x -p no:randomly -p no:cacheprovider --basetemp tmp -m".split()
-        code = int(pytest.main([*options, "not slow and not browser and not nightly", *tests], plugins=[Noted()]))
+        options = ["-m", "not slow and not browser and not nightly", *"-x -p no:randomly -p no:cacheprovider".split()]
+        code = int(pytest.main([*options, "--basetemp", "tmp", *tests], plugins=[Noted(copy / "failed")]))
         if code == 0 and not Path(sys.modules["lora_opcm"].__file__).is_relative_to(copy):
             code = 3  # another package was tested
         sys.stdout.flush()
