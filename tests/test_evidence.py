@@ -166,7 +166,7 @@ def some_outcomes():
     generator, found = np.random.default_rng(0), []
     for seed, names, sizes in ((1, "ab", (3, 4)), (2, "ab", (3, 4)), (1, "ba", (4, 3))):
         options = ({"x": None, "y": 0.1}, {"x": 2, "sides": "left"})
-        trial = Trial("p", "l", "cat", tuple(names), options, rank=4, seed=seed, factors=(0.3, 2.1), steps=None)
+        trial = Trial("p", "l", "cat", tuple(names), options, rank=4, seed=seed, steps=None)
         bits = random_bits(generator, [(0, -1), (1, 3), (0, 2)], 7)
         found.append(outcome_of(trial, bits, {c: ~b for c, b in bits.items()}, sizes))
         found[-1].about["seconds"] = [0.1, 2]
@@ -212,7 +212,7 @@ def test_published_outcomes_count_once_and_say_of_what_texts_they_are(tmp_path):
     made = [bound(m, share(n, 7), sizes, names=names) for m, n in (("", 1), ("own", 5), ("", 3))]
     for name, outcomes in (("one", made[:2]), ("two", made[2:])):
         (tmp_path / name).write_text("".join(o.line() + "\n" for o in outcomes))
-    publish([tmp_path / "one", tmp_path / "two"], tmp_path, "abc")
+    publish([tmp_path / "one", tmp_path / "two"], tmp_path / "outcomes.xz", "abc")
     about, found = read(tmp_path / "outcomes.xz")
     assert_same(found, made[:2])
     assert about["texts"] == {n: load_task(n).sha256 for n in names}
@@ -417,9 +417,25 @@ def test_the_run_is_of_distinct_trials_with_one_knob_each():
         assert len(knobs) <= 1, trial.label
     by_row = {}
     for t in found:  # another seed, the same row
-        if not t.factors:
-            by_row.setdefault((t.part, t.label, t.rank, t.cap), set()).add((t.method, json.dumps(t.options)))
+        by_row.setdefault((t.part, t.label, t.rank, t.cap), set()).add((t.method, json.dumps(t.options)))
     assert all(len(row) == 1 for row in by_row.values())
+
+
+def test_what_travels_keeps_the_knob_of_the_first_base():
+    found = rows.elsewhere("mpnet", 2)
+    assert len({t.key for t in found}) == len(found)
+    assert all(t.recipe == "mpnet" and t.seed == 2 and len(t.options) == 1 for t in found)
+    assert recipes.protocol("mpnet", 2).base == recipes.base("mpnet") == "mpnet" and recipes.base("uneven") == "minilm"
+    assert Counter(t.part for t in found) == {"bake_off": len(found) - 84, "pairs": 84}
+    known, seen = published().bake_off, set()
+    for trial in found[:-84]:
+        mine = known[trial.label, None]
+        picked = sorted(o.picked[0][0] for o in mine.outcomes)[1]
+        assert trial.method == mine.outcomes[0].trial.method, trial.label
+        assert trial.options[0] == mine.outcomes[0].trial.options[picked], trial.label
+        seen.add((trial.label, trial.rank))
+    assert seen >= {(label, rank) for label in rows.MAIN for rank in (None, rows.RANK)}
+    assert not any(t.part == "bake_off" and t.recipe == "mpnet" for t in rows.published())
 
 
 def test_an_order_comes_after_the_one_it_follows():
@@ -530,7 +546,7 @@ def test_scales_make_the_norms_that_their_ratios_say(bench):
 
 def test_what_has_a_scale_of_its_own_keeps_it(bench):
     trial = Trial("p", "mean", "cat", NAMES, ({"scale": 0.5},), natural=True)
-    weighted = replace(trial, options=({},), factors=(1.0, 0.0, 2.0))
+    weighted = replace(trial, options=({"weights": [1.0, 0.0, 2.0]},))
     found = {o.trial: o for o in run.run_trials([trial, weighted], "", bench, 1)}
     assert bench.splits["test"].asked == [(round(0.5 * 14**0.5, 5), NAMES), (round(37**0.5, 5), NAMES)]
     assert all(not o.validation and o.picked == [(0, 0)] for o in found.values())
@@ -589,7 +605,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(bench, tmp_path, monkeypa
     def go(folder, left):
         benches = []
 
-        def make(names, limit):
+        def make(names, limit, base):
             benches.append(Bench(names))
             benches[0].left = left
             return benches[0]

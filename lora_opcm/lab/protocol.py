@@ -16,6 +16,7 @@ from ..files.disk import replacing, write_text
 from .bases.causal import LLAMA_LINEAR
 from .bases.encoder import BERT_LINEAR, MINILM, MPNET_LINEAR
 from .bases.vision import CLIP_LINEAR
+from .embedded import public_name
 from .tasks import Prompts, Task
 
 # What differs between the families of `bases`, or for one base by name; the rest of `Protocol` is shared.
@@ -81,11 +82,8 @@ class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     device: str | None = None
 
 
-PUBLIC_NAME = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: str = PUBLIC_NAME) -> Path:
-    """Write the adapter as an ordinary PEFT folder in float16, for a base that goes by its public name.
+def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: str = MINILM) -> Path:
+    """Write the adapter as an ordinary PEFT folder in float16; it names its base as the hub does.
 
     `model` is a trained model, or the folder `best` that training left.
     """
@@ -98,7 +96,7 @@ def save_adapter_half(model: PeftModel | Path | str, folder: Path | str, base: s
     source = folder if isinstance(model, PeftModel) else Path(model)
     tensors = {name: t.half() for name, t in load_file(source / "adapter_model.safetensors").items()}
     config = json.loads((folder / "adapter_config.json").read_text())
-    text = json.dumps(config | {"base_model_name_or_path": base}, indent=2)
+    text = json.dumps(config | {"base_model_name_or_path": public_name(base)}, indent=2)
     # The weights last: they say that the adapter is there.
     with replacing(folder / "adapter_model.safetensors") as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})

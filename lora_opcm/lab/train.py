@@ -19,7 +19,7 @@ from .assets import AssetError, cache_dir
 from .bases import family, slug
 from .bases.encoder import MINILM
 from .evaluation import Evaluator
-from .protocol import DEFAULTS, PROTOCOL, PUBLIC_NAME, Protocol, Record, record_of, save_adapter_half
+from .protocol import DEFAULTS, PROTOCOL, Protocol, Record, record_of, save_adapter_half
 from .tasks import load_named, load_prompts, tasks
 from .training import last_checkpoint, processes, train_adapter
 
@@ -102,8 +102,7 @@ def train_one(folder: Path, name: str, protocol: Protocol, sources: str, report_
     train_adapter(data, run, protocol, report_to=report_to)
     if not main:
         return
-    public = PUBLIC_NAME if protocol.base == MINILM else protocol.base
-    save_adapter_half(run / "best", folder / name, public)
+    save_adapter_half(run / "best", folder / name, protocol.base)
     history = json.loads((run / "history.json").read_text())
     write_text(folder / name / "history.json", json.dumps(history) + "\n")
     found = {}

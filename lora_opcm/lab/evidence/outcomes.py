@@ -43,8 +43,6 @@ class Trial:
         Whether the scale is the method's own, and nothing is chosen.
     cap : int or None
         If given, adapters come one at a time, and what is kept between two is one adapter of this rank.
-    factors : tuple of float
-        What each adapter is multiplied by first; empty: nothing.
     """
 
     part: str
@@ -58,7 +56,6 @@ class Trial:
     steps: tuple[Candidate, ...] | None = None
     natural: bool = False
     cap: int | None = None
-    factors: tuple[float, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.key)

@@ -18,7 +18,7 @@ PROTOCOL = 2
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="outcomes.jsonl; of a trial in several, the first counts")],
-    to: Annotated[Path, typer.Option(help="a folder")] = Path("data/results"),
+    to: Annotated[Path, typer.Option(help="the file to write")] = Path("data/results", FILE),
     commit: Annotated[str, typer.Option(help="that ran; the present one unless given")] = "",
 ):
     """Write one compressed file of all outcomes."""
@@ -36,7 +36,7 @@ def main(
         "devices": Counter(outcome.about.get("device", "") for outcome in found.values()),
         "texts": {name: load_task(name).sha256 for name in names},
     }
-    path = write(to / FILE, found.values(), about)
+    path = write(to, found.values(), about)
     typer.echo(f"{path}: {len(found)} trials, {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -14,7 +14,8 @@ import torch
 
 from ...files import Adapter, adapter_path, load_adapter
 from ...files.disk import write_text
-from ..protocol import Protocol, record_of, save_adapter_half
+from ..bases.encoder import MINILM
+from ..protocol import DEFAULTS, Protocol, record_of, save_adapter_half
 from ..tasks import joint_task, load_task, tasks
 from ..training import train_adapter
 
@@ -30,6 +31,7 @@ RECIPES = {
     "400 steps": {"steps": 400, "evaluate_every": 100},
     "one start": {"one_start": True},
     "joint": {"steps": 800, "evaluate_every": 200},  # one adapter for all eight tasks
+    "mpnet": {"base": "mpnet"} | DEFAULTS["mpnet"],  # another encoder, five times as large
     "shuffled labels": {"shuffled": True, "patience": 100},
 }
 
@@ -39,6 +41,11 @@ Wanted = tuple[str, int, str]  # recipe, seed, task
 def protocol(recipe: str, seed: int) -> Protocol:
     """By what the adapters of a recipe are trained; validation texts choose nothing in it."""
     return Protocol(seed=seed, checkpoint="train", **RECIPES[recipe])
+
+
+def base(recipe: str) -> str:
+    """The model that adapters of a recipe adapt."""
+    return RECIPES.get(recipe, {}).get("base", MINILM)
 
 
 def source(recipe: str, task: str) -> str:
@@ -94,7 +101,7 @@ def _train(folder, recipe: str, seed: int, task: str, deadline: float) -> float:
     scratch = Path(folder, "runs", f"{recipe.replace(' ', '-')}-{seed}-{task}-{os.getpid()}")
     data, how = joint_task() if recipe == "joint" else load_task(task), protocol(recipe, seed)
     train_adapter(data, scratch, how, quiet=True)
-    save_adapter_half(scratch / "best", target)
+    save_adapter_half(scratch / "best", target, how.base)
     shutil.copy(scratch / "history.json", target / "history.json")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record = msgspec.structs.replace(record_of(data, target, how), device=device)

@@ -20,6 +20,7 @@ from ...files import Adapter
 from ...lowrank import LowRank
 from ...merging.merge import merge
 from ..attach import applied
+from ..bases.encoder import MINILM
 from ..evaluation import Evaluator
 from ..tasks import load_task, tasks
 from . import recipes, rows
@@ -51,8 +52,6 @@ def merge_trial(trial: Trial, folder: str) -> Merged:
 
 def _merged(adapters: list[Adapter], trial: Trial, options: dict) -> Adapter:
     rest = options if trial.natural else options | {"scale": 1.0}
-    if trial.factors:
-        rest = rest | {"weights": trial.factors}
     if trial.cap is None or trial.method == "whitened_sum":
         cap = {} if trial.cap is None else {"cap": trial.cap}
         return merge(adapters, trial.method, rank=trial.rank, **rest, **cap)
@@ -65,9 +64,9 @@ def _merged(adapters: list[Adapter], trial: Trial, options: dict) -> Adapter:
 class Bench:
     """Evaluates trials on all validation and test texts of their tasks."""
 
-    def __init__(self, names: Iterable[str], limit: int | None = None):
+    def __init__(self, names: Iterable[str], limit: int | None = None, base: str = MINILM):
         data = [load_task(name) for name in names]
-        self.splits = {s: Evaluator(data, s, limit=limit, fast=True) for s in ("validation", "test")}
+        self.splits = {s: Evaluator(data, s, limit=limit, base=base, fast=True) for s in ("validation", "test")}
         self.device = self.splits["test"].model.device
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
 
@@ -232,8 +231,9 @@ def _prepare():
 
 
 def wanted(trials: Iterable[Trial]) -> list[recipes.Wanted]:
-    """The adapters that trials need, in order; and a control whose labels say nothing of their texts."""
-    control = [("shuffled labels", 1, task) for task in tasks()]
+    """The adapters that trials need, in order; and a control of MiniLM whose labels say nothing of their texts."""
+    mine = any(recipes.base(trial.recipe) == MINILM for trial in trials)
+    control = [("shuffled labels", 1, task) for task in tasks() if mine]
     return list(dict.fromkeys([*(one for trial in trials for one in needs(trial)), *control]))
 
 
@@ -242,15 +242,16 @@ def main(
     part: Annotated[
         list[str] | None, typer.Option(help="of the run: bake_off, stream, pairs, …; all unless given")
     ] = None,
+    base: Annotated[str, typer.Option(help="minilm, or mpnet: another encoder, main rows")] = MINILM,
     train: Annotated[bool, typer.Option(help="train the adapters that are missing")] = True,
     workers: Annotated[int, typer.Option(help="processes that merge, and that train on a GPU; 0: one a core")] = 0,
     seconds: Annotated[float, typer.Option(help="when to stop; what is done by then is kept")] = float("inf"),
     limit: Annotated[int, typer.Option(help="texts a task and split, for a rehearsal; 0: all")] = 0,
 ):
-    """Run all trials of the published run that are not in FOLDER/outcomes.jsonl yet."""
+    """Run all trials of the published run on a base that are not in FOLDER/outcomes.jsonl yet."""
     deadline, begun = time.monotonic() + seconds, time.monotonic()
     workers = workers or multiprocessing.cpu_count()
-    trials = [t for t in rows.published() if not part or t.part in part]
+    trials = [t for t in (rows.published() if base == MINILM else rows.elsewhere(base)) if not part or t.part in part]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "outcomes.jsonl"
     cut(file)
@@ -263,7 +264,7 @@ def main(
         arguments = (str(folder), wanted(trials), many, deadline)
         trainer = multiprocessing.get_context("spawn").Process(target=recipes.train_missing, args=arguments)
         trainer.start()
-    bench = Bench(dict.fromkeys(task for t in trials for task in t.tasks), limit or None)
+    bench = Bench(dict.fromkeys(task for t in trials for task in t.tasks), limit or None, base)
     print(f"{len(left)} trials, texts read after {time.monotonic() - begun:.0f} s", flush=True)
     with open(file, "a") as out:
         for i, outcome in enumerate(run_trials(left, folder, bench, workers, deadline, done), 1):

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import Adapter
 from ...lowrank import LowRank
+from ..embedded import public_name
 from .model import Example, Rows, encode, linear_layers, pad
 
-PUBLIC_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKENS = {"cuda": 2**16, "cpu": 2**12}  # held for a backward pass at once: about 0.8 MB each in bfloat16
 
 
@@ -105,7 +105,7 @@ def _adapter(stacked: Mapping[str, Stacked], i: int, recipe: Recipe) -> Adapter:
     }
     targets = sorted({name.rsplit(".", 1)[1] for name in modules})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": targets}
-    return Adapter(modules, base_model=PUBLIC_NAME, config=config)
+    return Adapter(modules, base_model=public_name("smollm2"), config=config)
 
 
 def plan(
