@@ -106,12 +106,18 @@ _build/wheels/.built: $(shell find lora_opcm -name '*.py') data/adapters/manifes
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	@touch $@
 
+# The model that a page computes with, read only when a reader asks for it.
+_build/live/.built: lora_opcm/site/live.py data/adapters/manifest.json | $(BIN)/.ready
+	@$(BIN)/python -m lora_opcm.site.live _build
+	@touch $@
+
 # Experiments are executed out of tree, so `git status` stays clean; the site is built from that copy.
-_build/site/index.html: $(PAGES) $(EXECUTED) _build/wheels/.built | $(BIN)/.ready
+_build/site/index.html: $(PAGES) $(EXECUTED) _build/wheels/.built _build/live/.built | $(BIN)/.ready
 	@echo "Building the site"
 	@rm -rf _build/source && mkdir -p _build/source
 	@cp -r book _config.yml _toc.yml _build/source/ && cp $(EXECUTED) _build/source/book/experiments/
 	@mkdir _build/source/book/_static/wheels && cp _build/wheels/*.whl _build/source/book/_static/wheels/
+	@cp -r _build/live _build/source/book/_static/explore/
 	@$(BIN)/python book/_ext/status.py _build/quick/executed _build/source/book
 	@$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going --quiet --path-output _build/jb _build/source
 	@rm -rf _build/site && mv _build/jb/_build/html _build/site

@@ -1,9 +1,11 @@
 import functools
 import http.server
 import os
+import re
 import threading
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import chromium
 import pytest
@@ -14,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GEOMSTATS_BACKEND", "numpy")
 
 SITE = Path(__file__).parent.parent / "_build" / "site"
+DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 SITE_TALLY = pytest.StashKey()  # Counter of what the tests of the site looked at, in this process
 
 
@@ -65,6 +68,41 @@ def context(browser):
     yield context
     for context in opened:
         context.close()
+
+
+def _alone(context):
+    """Formulas and other figures stay out: they take seconds, and have tests of their own."""
+
+    def page(route):
+        text = (SITE / unquote(urlsplit(route.request.url).path)[1:]).read_text(encoding="utf8")
+        route.fulfill(body=re.sub(r'<script type="application/json">.*?</script>', "", text), content_type="text/html")
+
+    context.route("http://**/*.html", page)
+    context.route("http://**/mathjax/**", lambda route: route.fulfill(body="", content_type="text/javascript"))
+
+
+@pytest.fixture
+def opened(context, server):
+    """Opens a page with a figure to take hold of; it is awake and in the middle of the screen."""
+    troubles, requests = [], []
+
+    def opened(name, device=DESKTOP, base=server, console=True, **options):
+        window = context(**device, **options)
+        _alone(window)
+        page = window.new_page()
+        page.on("console", lambda m: troubles.append(m.text) if console and m.type == "error" else None)
+        page.on("pageerror", lambda e: troubles.append(str(e)))
+        page.on("request", lambda r: requests.append(r.url))
+        page.goto(f"{base}/{name}", wait_until="load")
+        stills = ", ".join(f"img[src$='/{p.name}']" for p in (SITE / "_static" / "explore").glob("*.svg"))
+        page.locator(stills).first.evaluate("still => still.scrollIntoView({block: 'center', behavior: 'instant'})")
+        page.wait_for_selector(".lo-explore[data-ready]")  # it wakes near the screen
+        page.locator(".lo-explore").evaluate("b => b.scrollIntoView({block: 'center', behavior: 'instant'})")
+        return page
+
+    yield opened
+    assert troubles == []
+    assert [u for u in requests if not u.startswith((server, "data:", "blob:", "file:"))] == []
 
 
 @pytest.fixture(scope="module")

@@ -506,6 +506,7 @@ def right(split, name, norm):
 class Bench(run.Bench):
     def __init__(self, names, limit=None):
         self.splits = {split: Evaluates(split) for split in SIZES}
+        self.start, self.always = START, run.ALWAYS
         self.device, self.name, self.left = torch.device("cpu"), "none", float("inf")
 
     def outcome(self, *args):

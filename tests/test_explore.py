@@ -2,13 +2,12 @@
 
 import base64
 import re
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from conftest import SITE, swipe
+from conftest import DESKTOP, SITE, swipe
 from scipy.interpolate import RegularGridInterpolator
 
 import lora_opcm as lo
@@ -20,13 +19,12 @@ from lora_opcm.site.figures import TASK
 
 FOLDER = SITE.parent.parent / explore.FOLDER
 DIAL, BENCH, DESK = "book/similarity.html", "book/practice/which_method.html", "book/practice/two_loras.html"
-PAGES = pytest.mark.parametrize("name", [DIAL, BENCH, DESK], ids=["dial", "bench", "desk"])
-STILLS = ", ".join(f"img[src$='/{name}.svg']" for name in explore.MADE)
+LIVE = "book/experiments/eight_adapters.html"
+PAGES = pytest.mark.parametrize("name", [DIAL, BENCH, DESK, LIVE], ids=["dial", "bench", "desk", "live"])
 FACES = {  # of each figure: what is pressed to see it
     DIAL: [["in four dimensions"], ["two real adapters", "O(n)"]], BENCH: [["16"], ["two of them"]],
-    DESK: [["the worse-off task"], ["ng-religion"]],
+    DESK: [["the worse-off task"], ["ng-religion"]], LIVE: [["tweets"], ["reuters-rare"]],
 }  # fmt: skip
-DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 
@@ -133,40 +131,6 @@ def _tilted(degrees):
 
 
 # The pages
-
-
-def _alone(context):
-    """Formulas and other figures stay out: they take seconds, and have tests of their own."""
-
-    def page(route):
-        text = (SITE / unquote(urlsplit(route.request.url).path)[1:]).read_text(encoding="utf8")
-        route.fulfill(body=re.sub(r'<script type="application/json">.*?</script>', "", text), content_type="text/html")
-
-    context.route("http://**/*.html", page)
-    context.route("http://**/mathjax/**", lambda route: route.fulfill(body="", content_type="text/javascript"))
-
-
-@pytest.fixture
-def opened(context, server):
-    """Opens a page on a device; its figure is awake and in the middle of the screen."""
-    troubles, requests = [], []
-
-    def opened(name, device=DESKTOP, base=server, console=True, **options):
-        window = context(**device, **options)
-        _alone(window)
-        page = window.new_page()
-        page.on("console", lambda m: troubles.append(m.text) if console and m.type == "error" else None)
-        page.on("pageerror", lambda e: troubles.append(str(e)))
-        page.on("request", lambda r: requests.append(r.url))
-        page.goto(f"{base}/{name}", wait_until="load")
-        page.locator(STILLS).first.evaluate("still => still.scrollIntoView({block: 'center', behavior: 'instant'})")
-        page.wait_for_selector(".lo-explore[data-ready]")  # it wakes near the screen
-        page.locator(".lo-explore").evaluate("b => b.scrollIntoView({block: 'center', behavior: 'instant'})")
-        return page
-
-    yield opened
-    assert troubles == []
-    assert [u for u in requests if not u.startswith((server, "data:", "blob:", "file:"))] == []
 
 
 def _numbers(page, part):

@@ -5,17 +5,22 @@ window.explore = { data: {} };
 (() => {
   "use strict";
   const folder = document.currentScript.src.replace(/explore\.js.*/, "explore/");
-  const NEEDS = { dial: ["linear.js", "needles.js", "planes.js", "board.js"], bench: [], desk: [] };
+  const NEEDS = { dial: ["linear.js", "needles.js", "planes.js", "board.js"], bench: [], desk: [], live: ["bert.js"] };
   const loading = {};
   const load = (file) =>
     (loading[file] ??= new Promise((done, fail) => {
       const tag = document.createElement(file.endsWith(".css") ? "link" : "script");
       tag.onload = done;
-      tag.onerror = () => fail(Error(`${file} cannot be loaded`));
+      tag.onerror = () => {
+        delete loading[file]; // it may be asked for again
+        fail(Error(`${file} cannot be loaded`));
+      };
       if (tag.tagName === "LINK") Object.assign(tag, { rel: "stylesheet", href: folder + file });
       else Object.assign(tag, { src: folder + file, async: false }); // in the order asked for
       document.head.append(tag);
     }));
+
+  window.explore.load = load;
 
   async function wake(still, name) {
     await Promise.all(["explore.css", "kit.js", `${name}.data.js`, ...NEEDS[name], `${name}.js`].map(load));

@@ -22,7 +22,7 @@ from .tasks import Prompts, Task
 # What differs between the families of `bases`, or for one base by name; the rest of `Protocol` is shared.
 DEFAULTS = {
     "encoder": {},
-    "mpnet": {"target_modules": MPNET_LINEAR},
+    "mpnet": {"target_modules": MPNET_LINEAR, "bfloat16": True},
     "clip": {
         "target_modules": CLIP_LINEAR, "learning_rate": 3e-4, "batch_size": 128, "steps": 1000,
         "evaluate_every": 100,
@@ -53,6 +53,7 @@ class Protocol(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Texts that choose the checkpoint: those of validation, or a tenth of the training texts (at most 200), so that
     # validation texts, which choose the scale of a merge, have chosen nothing before.
     checkpoint: Literal["validation", "train"] = "validation"
+    bfloat16: bool = False  # on a processor that multiplies it, too; a GPU that does always does
     one_start: bool = False  # whether all tasks start from one random A
     shuffled: bool = False  # labels that say nothing of their texts: a control
 

@@ -22,6 +22,7 @@ from .bases import load
 from .bases.causal import Causal
 from .bases.encoder import Encoder
 from .bases.vision import Clip
+from .evaluation import bfloat16_here
 from .protocol import PROTOCOL, Protocol
 from .tasks import Prompts, Task
 
@@ -151,7 +152,7 @@ def _arguments(task, folder, protocol, workers, report_to, quiet, classify) -> T
         remove_unused_columns=False,
         seed=protocol.start(task.name),
         use_cpu=not torch.accelerator.is_available(),
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=(cuda or protocol.bfloat16) and bfloat16_here(),
         dataloader_pin_memory=cuda,
         dataloader_num_workers=min(workers, os.cpu_count() or 1) if cuda else 0,
         ddp_find_unused_parameters=False,

@@ -21,6 +21,7 @@ from ..files.shipped import results
 from ..geometry import principal_angles, random_frame
 from ..lab.evidence import tables
 from ..lab.evidence.tables import Evidence, Row
+from . import live
 from .figures import METHOD, TASK, colour
 
 FOLDER = Path("book", "_static", "explore")
@@ -140,7 +141,7 @@ def _percent(values: Iterable[float]) -> list[float]:
     return [round(100 * float(x), 2) for x in values]
 
 
-MADE = {"dial": dial, "bench": bench, "desk": desk}
+MADE = {"dial": dial, "bench": bench, "desk": desk, "live": live.data}
 
 
 def write(folder: Path = FOLDER) -> None:

@@ -6,13 +6,14 @@ either end until the best is inside.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
 
 START = range(-2, 5)  # steps: ratios ½, 1/√2, 1, √2, 2, 2√2, 4
 ENDS = (-8, 10)
+RULE = 2  # the step of the rule without data, min(√T, 2) mean norms, for four adapters or more
 RESAMPLES = 1000
 DIGITS = 9  # of a score: two that differ by less are equal
 Candidate = tuple[int, int]  # which options of the row, and the step of the scale
@@ -58,14 +59,14 @@ def score(bits: np.ndarray, sizes: Sequence[int]) -> float:
     return round(float(np.mean([part.mean() for part in np.split(bits, np.cumsum(sizes)[:-1])])), DIGITS)
 
 
-def search(score: Callable[[int, int], float], options: int) -> dict[Candidate, float]:
+def search(score: Callable[[int, int], float], options: int, start: Iterable[int] = START) -> dict[Candidate, float]:
     """The score of every candidate: the grid, and beyond an end of it while the best stands there.
 
     Every row of options has a grid of its own to extend.
     """
     found = {}
     for i in range(options):
-        steps = {k: score(i, k) for k in START}
+        steps = {k: score(i, k) for k in start}
         while True:
             best = max(steps.values())
             low, high = min(steps), max(steps)

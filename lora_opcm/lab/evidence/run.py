@@ -24,7 +24,7 @@ from ..bases.encoder import MINILM
 from ..evaluation import Evaluator
 from ..tasks import load_task, tasks
 from . import recipes, rows
-from .choice import Candidate, chosen, ratio, score, search
+from .choice import RULE, START, Candidate, chosen, ratio, score, search
 from .outcomes import Outcome, Trial, cut, read_lines
 
 ALWAYS = (0, 1, 2, 3)  # steps tried on test texts in any case: what a rule without data may choose
@@ -62,11 +62,16 @@ def _merged(adapters: list[Adapter], trial: Trial, options: dict) -> Adapter:
 
 
 class Bench:
-    """Evaluates trials on all validation and test texts of their tasks."""
+    """Evaluates trials on all validation and test texts of their tasks.
+
+    On another base than MiniLM the grid of scales begins with the rule without data and its neighbours, and of the test
+    texts the rule and what validation chose are asked: it is for machines that have no day.
+    """
 
     def __init__(self, names: Iterable[str], limit: int | None = None, base: str = MINILM):
         data = [load_task(name) for name in names]
         self.splits = {s: Evaluator(data, s, limit=limit, base=base, fast=True) for s in ("validation", "test")}
+        self.start, self.always = (START, ALWAYS) if base == MINILM else ((RULE - 1, RULE, RULE + 1), (RULE,))
         self.device = self.splits["test"].model.device
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
 
@@ -104,9 +109,9 @@ class Bench:
         elif steps is not None:
             candidates = set(steps)
         else:
-            search(lambda i, step: score(see("validation", i, step), sizes["validation"]), len(adapters))
+            search(lambda i, step: score(see("validation", i, step), sizes["validation"]), len(adapters), self.start)
             picked = chosen(right["validation"], names, sizes["validation"])
-            candidates = {*picked, *((picked[0][0], step) for step in ALWAYS)}
+            candidates = {*picked, *((picked[0][0], step) for step in self.always)}
         for i, step in sorted(candidates):
             see("test", i, step)
         return Outcome(trial, norms, mean, **right, sizes=sizes, about=about)
