@@ -152,7 +152,7 @@ from nbclient import NotebookClient
 NotebookClient(nbformat.read(sys.argv[1], 4), timeout=900, kernel_name="python3").execute()
 print(distribution("lora-opcm").read_text("direct_url.json"))
 """
-ALWAYS = [f"book/{name}.ipynb" for name in ("low_rank_updates", "experiments/overlap")]
+ALWAYS = ["book/similarity.ipynb"]
 # These need models that no test fetches.
 GPU = [f"book/experiments/{name}.ipynb" for name in ("classic", "vision", "planned")]
 

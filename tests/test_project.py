@@ -63,7 +63,7 @@ INSIDE = {
     "merging": "core method remarks rules space sketch merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges tune app",
-    "lab": "assets gguf embedded tasks bases attach protocol training evaluation train experiments evidence generation"
+    "lab": "assets gguf embedded tasks bases attach protocol evaluation training train experiments evidence generation"
     " tune",
 }
 

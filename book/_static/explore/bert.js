@@ -39,29 +39,43 @@
     return { rows, columns, data };
   }
 
-  // x Wᵀ + b for rows of x, four at a time: a row of W is read once for them.
+  // x Wᵀ + b for rows of x, four of them by two rows of W at a time, which reads each number half as often. W has an even
+  // number of rows.
   function product(x, { rows, columns, data }, bias) {
     const count = x.length / columns,
       y = new Float32Array(count * rows);
     for (let t = 0; t < count; t += 4) {
       const [a, b, c, d] = [0, 1, 2, 3].map((k) => Math.min(t + k, count - 1) * columns);
-      for (let o = 0; o < rows; o++) {
-        const w = o * columns;
-        let p = bias ? bias[o] : 0,
-          q = p,
-          r = p,
-          s = p;
+      for (let o = 0; o < rows; o += 2) {
+        const w = o * columns,
+          v = w + columns;
+        let p = 0,
+          q = 0,
+          r = 0,
+          s = 0,
+          e = 0,
+          f = 0,
+          g = 0,
+          h = 0;
         for (let i = 0; i < columns; i++) {
-          const v = data[w + i];
-          p += v * x[a + i];
-          q += v * x[b + i];
-          r += v * x[c + i];
-          s += v * x[d + i];
+          const one = data[w + i],
+            two = data[v + i],
+            xa = x[a + i],
+            xb = x[b + i],
+            xc = x[c + i],
+            xd = x[d + i];
+          p += one * xa;
+          q += one * xb;
+          r += one * xc;
+          s += one * xd;
+          e += two * xa;
+          f += two * xb;
+          g += two * xc;
+          h += two * xd;
         }
-        y[t * rows + o] = p;
-        if (t + 1 < count) y[(t + 1) * rows + o] = q;
-        if (t + 2 < count) y[(t + 2) * rows + o] = r;
-        if (t + 3 < count) y[(t + 3) * rows + o] = s;
+        const found = [p, q, r, s, e, f, g, h];
+        for (let k = 0; k < Math.min(4, count - t); k++)
+          for (const side of [0, 1]) y[(t + k) * rows + o + side] = found[k + 4 * side] + (bias ? bias[o + side] : 0);
       }
     }
     return y;

@@ -32,7 +32,7 @@
 
     const field = html("textarea", { rows: 3, maxlength: 600, spellcheck: "false" });
     field.value = state.text;
-    const examples = html("select", { onchange: () => pick(sentences[examples.value]) });
+    const examples = html("select", { "aria-label": "a sentence to begin with", onchange: () => pick(sentences[examples.value]) });
     sentences.forEach(({ task }, i) => examples.append(html("option", { value: i }, `a sentence for ${task}`)));
     examples.append(html("option", { value: "", disabled: true, hidden: true }, "a sentence of yours"));
     examples.value = opens;
@@ -94,7 +94,7 @@
       const known = sentences.find((s) => s.text === words);
       label();
       if (known && size === length && !model) return draw(known.answers[task]);
-      if (!model) return draw(undefined);
+      if (!model || !words.trim()) return draw(undefined);
       await new Promise((done) => setTimeout(done, rest));
       if (!still()) return undefined;
       const start = performance.now();
@@ -146,7 +146,9 @@
       );
       words.say(WHO.map((_, i) => (answers ? [labels[top(answers[i])], ` ${percent(Math.max(...answers[i]))}`] : ["–"])));
       const tops = answers?.map((shares) => labels[top(shares)]);
-      say.textContent = !answers
+      say.textContent = !state.text.trim()
+        ? "No sentence, no answer."
+        : !answers
         ? "This sentence was not answered beforehand: read the model, and it is answered here. What you type stays in this page."
         : `The merged adapter and the task's own ${tops[1] === tops[2] ? "give one answer" : "disagree"}; ` +
           `MiniLM alone ${tops[0] === tops[1] ? "answers like the own adapter" : `says ${tops[0]}`}.` +
