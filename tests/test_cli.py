@@ -87,6 +87,18 @@ def test_parts_join_to_the_bytes_of_one_merge(folder):
         assert wrong in run(folder, "merge", "a", "b", "-o", "x", "--shard", wrong, code=2).stderr
 
 
+def test_processes_write_what_one_writes(folder):
+    options = ("--method", "tsv", "--rank", 3, "--dtype", "float16")
+    run(folder, "merge", "a", "b", "c", "-o", "one", *options)
+    run(folder, "merge", "a", "b", "c", "-o", "two", "--processes", 2, *options)
+    for one in (folder / "one").iterdir():
+        assert one.read_bytes() == (folder / "two" / one.name).read_bytes(), one.name
+    for other in (("--shard", "0/2"), ("--device", "cpu")):
+        said = run(folder, "merge", "a", "b", "-o", "x", "--processes", 2, *other, code=2).stderr
+        assert "leave out --shard and --device" in said
+    assert run(folder, "merge", "a", "b", "-o", "x", "--processes", 0, code=2)
+
+
 def test_dry_run_says_what_it_would_take(folder):
     said = run(folder, "merge", "a", "b", "-o", "new", "--rank", 3, "--dry-run").stdout
     assert "summed rank up to 8, cut to 3" in said and re.search(

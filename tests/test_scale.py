@@ -1,5 +1,6 @@
 """Merging beyond one machine: on a device, and by shards."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_methods import RANK, REGISTRY, SHAPES, distance, grams, run, stream
 
 import lora_opcm as lo
-from lora_opcm.merging import Core
-from lora_opcm.merging.shards import belongs, join, merge_shard
+from lora_opcm.merging import Core, shards
+from lora_opcm.merging.shards import belongs, join, merge_apart, merge_shard
 from lora_opcm.numerics import full_precision, gram_matrix
 from lora_opcm.parallel import parallel_map
 
@@ -212,6 +213,46 @@ def test_shards_in_processes_of_their_own(inputs, tmp_path):
     lo.save_adapter(join(names)[0], tmp_path / "joined")
     lo.save_adapter(lo.merge([lo.load_adapter(path) for path in inputs]), tmp_path / "whole")
     assert files(tmp_path / "joined") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "method, call",
+    [("opcm", {"rank": 2, "scale": "norm"}), ("dare", {"seed": 3, "dtype": torch.float16}), ("cat", {"ragged": True})],
+)
+def test_processes_merge_to_the_bytes_of_one(method, call, inputs, tmp_path):
+    apart = merge_apart(inputs, method, processes=3, progress=lambda done, total: watched(done, total, 3), **call)
+    lo.save_adapter(apart, tmp_path / "apart")
+    whole = lo.merge(inputs, method, **call)
+    lo.save_adapter(whole, tmp_path / "whole")
+    assert files(tmp_path / "apart") == files(tmp_path / "whole")
+    assert apart.dropped == whole.dropped and apart.dtype == whole.dtype
+
+
+def watched(done, total, expected):
+    assert total == expected
+    return done
+
+
+def test_processes_hand_on_what_was_warned_of_and_refused(inputs):
+    with pytest.raises(ValueError, match="expected one process or more, got 0"):
+        merge_apart(inputs, processes=0)
+    with pytest.raises(ValueError, match="no option"):
+        merge_apart(inputs, "opcm", processes=2, bogus=1)
+    with pytest.warns(UserWarning) as alone:
+        lo.merge(inputs, "karcher_mean", k=1)
+    with pytest.warns(UserWarning) as apart:
+        merge_apart(inputs, "karcher_mean", processes=1, k=1)
+    assert {str(w.message) for w in apart} == {str(w.message) for w in alone}
+
+
+def test_a_process_that_is_ended_from_outside_is_an_error_of_one_line(inputs, monkeypatch):
+    monkeypatch.setattr(shards, "_heard", ends)
+    with pytest.raises(OSError, match="ended from outside"):
+        merge_apart(inputs, processes=2)
+
+
+def ends(*args):
+    os._exit(9)
 
 
 def test_more_shards_than_modules_and_kohya_files(tmp_path):

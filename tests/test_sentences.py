@@ -49,6 +49,7 @@ def unpacked(pack):
     return found
 
 
+@pytest.mark.slow
 def test_a_pack_is_the_model_to_half_a_step_of_eight_bits():
     """All weights that MiniLM uses, both factors of every module of every adapter, and the heads as they are."""
     packs, base, adapters = live.packs(), load(), live.adapters()
@@ -76,6 +77,7 @@ def test_a_pack_is_the_model_to_half_a_step_of_eight_bits():
     assert [base.tokenizer.convert_tokens_to_ids(w) for w in words] == list(range(len(base.tokenizer)))
 
 
+@pytest.mark.slow
 def test_the_merged_adapter_is_of_all_eight_at_the_length_that_is_told():
     asked, data = live.adapters(), explore.read("live", FOLDER)
     assert list(asked) == [*tasks(), "merged"]
@@ -86,6 +88,7 @@ def test_the_merged_adapter_is_of_all_eight_at_the_length_that_is_told():
     assert (again - asked["merged"]).norm() < 1e-4 * mean
 
 
+@pytest.mark.slow
 def test_the_answers_to_begin_with_are_those_of_the_package():
     stored, fresh = explore.read("live", FOLDER), live.data()
     assert [t["labels"] for t in stored["tasks"]] == [list(load_task(t["name"]).labels) for t in stored["tasks"]]

@@ -91,6 +91,9 @@ def merge_(
     shard: Annotated[
         str | None, typer.Option(help="merge only part i of n, i/n from 0, into a file for `join`")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="that merge side by side, to the same bytes; for machines of many cores")
+    ] = 1,
 ):
     """One adapter out of several. Writes the adapter, a recipe and, for PEFT, a model card.
 
@@ -120,6 +123,8 @@ def merge_(
         recipe.refuse_existing(output, overwrite, None if part else format)
     if part and (dtype or format):
         raise ValueError("--shard writes a part as it is, without --dtype; --format is an option of `join`")
+    if processes > 1 and (part or device):
+        raise ValueError("--processes share the cores of one machine: leave out --shard and --device")
     if part and not dry_run:
         with Steps() as steps:
             inputs = [(path.name, load_adapter(path).id) for path in steps("hashing", adapters)]
@@ -133,7 +138,7 @@ def merge_(
         if dry_run:
             raise typer.Exit(_dry_run(matched, call, output, overwrite, part, format, torch_dtype(dtype)))
         recipe.refuse_existing(output, overwrite, format or loaded[0].format)
-    merged_into(output, adapters, loaded, call, format, dtype, overwrite, device)
+    merged_into(output, adapters, loaded, call, format, dtype, overwrite, device, processes=processes)
 
 
 def merged_into(
@@ -146,19 +151,25 @@ def merged_into(
     overwrite: bool = False,
     device: str | None = None,
     choice: dict[str, Any] | None = None,
+    processes: int = 1,
 ) -> None:
     """Merge adapters by `call`, write what comes out with its recipe, and say so."""
     from ..files import dropping
     from ..files.joint import spelled_in
     from ..merging.merge import merge
     from ..merging.method import method_of
+    from ..merging.shards import merge_apart
     from ..values import AUTO
     from . import recipe
 
     with Steps() as steps:
         inputs = [(p.name, a.id) for p, a in zip(adapters, steps("hashing", loaded), strict=True)]
         wide = recipe.wide_enough(loaded, torch_dtype(dtype))
-        merged = merge(loaded, dtype=wide, device=device, progress=steps.of(f"merging by {call['method']}"), **call)
+        progress = steps.of(f"merging by {call['method']}")
+        if processes == 1:
+            merged = merge(loaded, dtype=wide, device=device, progress=progress, **call)
+        else:
+            merged = merge_apart(adapters, processes=processes, dtype=wide, progress=progress, **call)
         merged = spelled_in(merged, format or merged.format, dropping(loaded, call.get("drop") or ()))
         path = recipe.write_merge(
             merged, output, inputs, call, overwrite=overwrite, format=format, dtype=torch_dtype(dtype), choice=choice

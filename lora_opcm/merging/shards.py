@@ -10,19 +10,26 @@ rounded. The same bytes need the same numerics: one version of torch, one kind o
 """
 
 import os
+import tempfile
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
 from ..files import Adapter, AdapterError, dropping, load_adapter, outline
 from ..files.bundle import damaged, load_bundle, save_bundle
 from ..files.joint import respell, spellings
 from ..lowrank import LowRank
+from ..parallel import Progress
 from .merge import Part, merge_part
 from .method import method_of
 
@@ -141,6 +148,62 @@ def join(paths: Iterable[str | os.PathLike]) -> tuple[Adapter, dict, list[tuple[
     ragged = expected[1].get("ragged", False)
     whole = Part(replace(like, **fields), _united(p.sizes for p in parts), parts[0].scale, ragged)
     return whole.finish(), expected[1], expected[2]
+
+
+def merge_apart(
+    adapters: Sequence[str | os.PathLike],
+    method: str = "opcm",
+    *,
+    processes: int,
+    progress: Progress | None = None,
+    **call,
+) -> Adapter:
+    """What `merge` makes of adapters on a disk, by processes that share the cores: the same bytes.
+
+    Threads of one process wait for one lock between two calls, so on many cores small layers take as long as there are
+    calls; processes do not. Each imports torch first, and merged factors go through a temporary folder.
+
+    Parameters
+    ----------
+    processes : int
+    progress : callable, optional
+        As for `merge`, around the processes that are done.
+    **call
+        As for `merge`, without a device.
+
+    Raises
+    ------
+    ValueError
+        As `merge` and `load_adapter` do, and for fewer processes than one.
+    OSError
+        If a process is ended from outside.
+    """
+    if processes < 1:
+        raise ValueError(f"expected one process or more, got {processes}")
+    threads = max(1, torch.get_num_threads() // processes)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool,
+    ):
+        parts = [Path(folder, str(i)) for i in range(processes)]
+        jobs = [pool.submit(_heard, adapters, part, (i, processes), method, call) for i, part in enumerate(parts)]
+        done = as_completed(jobs)
+        for job in progress(done, total=processes) if progress else done:
+            try:
+                remarks = job.result()
+            except BrokenProcessPool:
+                raise OSError("a process that merged was ended from outside, for want of memory perhaps") from None
+            for remark in remarks:
+                warnings.warn(remark, stacklevel=2)
+        return join(parts)[0]
+
+
+def _heard(adapters, part: Path, shard: tuple[int, int], method: str, call: dict) -> list[str]:
+    """Merge a shard, and hand on what was warned of: a process that ends takes its warnings with it."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        merge_shard(adapters, part, shard, method, **call)
+    return [str(w.message) for w in heard if issubclass(w.category, UserWarning)]
 
 
 def _united(dicts: Iterable[dict]) -> dict:
