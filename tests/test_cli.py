@@ -87,6 +87,7 @@ def test_parts_join_to_the_bytes_of_one_merge(folder):
         assert wrong in run(folder, "merge", "a", "b", "-o", "x", "--shard", wrong, code=2).stderr
 
 
+@pytest.mark.slow
 def test_processes_write_what_one_writes(folder):
     options = ("--method", "tsv", "--rank", 3, "--dtype", "float16")
     run(folder, "merge", "a", "b", "c", "-o", "one", *options)

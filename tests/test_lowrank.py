@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from factories import dense, error, update
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,6 +73,7 @@ def test_balanced_gauge_is_balanced_and_regauge_changes_nothing(generator):
     assert torch.allclose(balanced.left.mT @ balanced.left, balanced.right @ balanced.right.mT)
 
 
+@example(m=23, n=29, ranks=[2, 5, 5, 5, 5], dtype=torch.float16, repeat=False, seed=0)
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(6, 40), st.integers(6, 40), st.lists(st.integers(1, 6), min_size=1, max_size=5),
@@ -85,7 +86,11 @@ def test_core_space_is_exact(m, n, ranks, dtype, repeat, seed):
     updates += [updates[0], updates[0] * 2.0] if repeat else []
     core = Core.of(updates)
     q_left = core.left @ torch.eye(core.cores[0].shape[0], dtype=torch.float64)
-    assert torch.allclose(q_left.mT.double() @ q_left.double(), torch.eye(q_left.shape[1]).double(), atol=1e-5)
+    # Gram matrices of half-precision factors are multiplied in single precision: off by its rounding, at most times the
+    # squared condition number up to which Cholesky is taken.
+    limit = 64 * sum(u.rank for u in updates) * torch.finfo(torch.float32).eps if dtype == torch.float16 else 0.0
+    gram = q_left.mT.double() @ q_left.double()
+    assert torch.allclose(gram, torch.eye(len(gram)).double(), atol=max(1e-5, limit))
     for u, c in zip(updates, core.cores):
         assert error(core.lift(c)[0], dense(u)) < max(1e-5, TOLERANCE[dtype])
         assert c.norm().item() == pytest.approx(u.norm(), rel=1e-5)

@@ -96,6 +96,7 @@ def test_every_citation_is_in_the_references_of_the_book(paper):
     assert "arXiv:2412.00081" in kept
 
 
+@pytest.mark.slow
 def test_tables_and_panels_that_the_paper_shows_are_made(paper):
     import panels
 

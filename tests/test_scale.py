@@ -215,6 +215,7 @@ def test_shards_in_processes_of_their_own(inputs, tmp_path):
     assert files(tmp_path / "joined") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, call",
     [("opcm", {"rank": 2, "scale": "norm"}), ("dare", {"seed": 3, "dtype": torch.float16}), ("cat", {"ragged": True})],
@@ -233,6 +234,7 @@ def watched(done, total, expected):
     return done
 
 
+@pytest.mark.slow
 def test_processes_hand_on_what_was_warned_of_and_refused(inputs):
     with pytest.raises(ValueError, match="expected one process or more, got 0"):
         merge_apart(inputs, processes=0)
@@ -245,6 +247,7 @@ def test_processes_hand_on_what_was_warned_of_and_refused(inputs):
     assert {str(w.message) for w in apart} == {str(w.message) for w in alone}
 
 
+@pytest.mark.slow
 def test_a_process_that_is_ended_from_outside_is_an_error_of_one_line(inputs, monkeypatch):
     monkeypatch.setattr(shards, "_heard", ends)
     with pytest.raises(OSError, match="ended from outside"):
