@@ -107,7 +107,7 @@ _build/wheels/.built: $(shell find lora_opcm -name '*.py') data/adapters/manifes
 	@touch $@
 
 # The model that a page computes with, read only when a reader asks for it.
-_build/live/.built: lora_opcm/site/live.py data/adapters/manifest.json | $(BIN)/.ready
+_build/live/.built: lora_opcm/site/live.py $(wildcard lora_opcm/merging/*.py lora_opcm/merging/rules/*.py) data/adapters/manifest.json | $(BIN)/.ready
 	@$(BIN)/python -m lora_opcm.site.live _build
 	@touch $@
 

@@ -94,6 +94,12 @@ def test_processes_write_what_one_writes(folder):
     run(folder, "merge", "a", "b", "c", "-o", "two", "--processes", 2, *options)
     for one in (folder / "one").iterdir():
         assert one.read_bytes() == (folder / "two" / one.name).read_bytes(), one.name
+    base = lo.load_adapter(folder / "a")
+    for name in ("one", "two"):  # two spellings of one layer are told of once, whoever reads them
+        spelled = {f"{ {'one': 'model.', 'two': 'model.language_model.'}[name] }{k}": u for k, u in base.items()}
+        lo.save_adapter(replace(base, modules=spelled, kinds={}), folder / f"spelled-{name}")
+    said = run(folder, "merge", "spelled-one", "spelled-two", "-o", "y", "--processes", 2).stderr
+    assert said.count("under the names of") == 1
     for other in (("--shard", "0/2"), ("--device", "cpu")):
         said = run(folder, "merge", "a", "b", "-o", "x", "--processes", 2, *other, code=2).stderr
         assert "leave out --shard and --device" in said

@@ -103,7 +103,14 @@ def guarded(run: Callable[[], None]) -> None:
     A SIGTERM ends as Ctrl-C does, so that temporary files go.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    warned, warnings.showwarning = warnings.showwarning, lambda message, *_: note(f"warning: {message}")
+    said: set[str] = set()  # a remark on the inputs comes again from every process that reads them
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            note(f"warning: {message}")
+
+    warned, warnings.showwarning = warnings.showwarning, show
     try:
         run()
     except (ValueError, OSError, SafetensorError, OverflowError, MemoryError, RuntimeError) as error:

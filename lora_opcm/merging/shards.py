@@ -167,7 +167,7 @@ def merge_apart(
     ----------
     processes : int
     progress : callable, optional
-        As for `merge`, around the processes that are done.
+        As for `merge`, around the processes that are done. Warnings that count modules count those of a process.
     **call
         As for `merge`, without a device.
 
@@ -188,13 +188,14 @@ def merge_apart(
         parts = [Path(folder, str(i)) for i in range(processes)]
         jobs = [pool.submit(_heard, adapters, part, (i, processes), method, call) for i, part in enumerate(parts)]
         done = as_completed(jobs)
+        heard: dict[str, None] = {}  # once what several say, as of inputs that all of them read
         for job in progress(done, total=processes) if progress else done:
             try:
-                remarks = job.result()
+                heard |= dict.fromkeys(job.result())
             except BrokenProcessPool:
                 raise OSError("a process that merged was ended from outside, for want of memory perhaps") from None
-            for remark in remarks:
-                warnings.warn(remark, stacklevel=2)
+        for remark in heard:
+            warnings.warn(remark, stacklevel=2)
         return join(parts)[0]
 
 
