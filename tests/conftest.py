@@ -160,3 +160,11 @@ def swipe(page, x, y, up=160):
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     return page.evaluate("window.scrollY") - before
+
+
+def themes(page):
+    """The page in light, then in dark, each once its figures have taken the colours."""
+    for theme in ("light", "dark"):
+        page.evaluate("t => document.documentElement.dataset.theme = t", theme)
+        page.wait_for_timeout(400)
+        yield theme

@@ -1,28 +1,21 @@
-"""Figures, menus, formulas and tables, each kind on every page, under a thumb and under a mouse."""
+"""Figures and menus, each kind on every page, under a thumb and under a mouse."""
 
 import pytest
-from conftest import SITE, site_pages, swipe
+from conftest import DESKTOP, SITE, site_pages, swipe, themes
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
-DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-DEVICES = pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
-THEMES = pytest.mark.parametrize("theme", ["light", "dark"])
 CONTROLS = ".slider-container, .updatemenu-container"  # what a finger on a figure is meant for
 
 
 @pytest.fixture
 def opened(context, server):
-    """Opens a page of the site on a device, with every formula set, or none, which takes seconds less."""
+    """Opens a page of the site on a device, without its formulas, which take seconds and have tests of their own."""
 
-    def opened(name, device, theme="light", formulas=True):
-        page = context(**device, color_scheme=theme).new_page()
-        if not formulas:
-            page.route("**/mathjax/**", lambda route: route.fulfill(body="", content_type="text/javascript"))
+    def opened(name, device):
+        page = context(**device).new_page()
+        page.route("**/mathjax/**", lambda route: route.fulfill(body="", content_type="text/javascript"))
         page.goto(f"{server}/{name}", wait_until="networkidle")
-        if formulas:
-            set_ = "() => [...document.querySelectorAll('.math')].every(m => m.querySelector('mjx-math'))"
-            page.wait_for_function(set_)
         return page
 
     return opened
@@ -40,7 +33,7 @@ def _figures(page):
 @pytest.mark.parametrize("name", site_pages('class="lo-figure"'))
 def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
     """And no mode bar, which on a touch screen is always there, lies over the figure."""
-    page = opened(name, PHONE, formulas=False)
+    page = opened(name, PHONE)
     stuck, covered = [], []
     shown = """b => JSON.stringify(["xaxis", "yaxis"].map(key => b._fullLayout[key]).map(
         axis => axis?.autorange ? "what the data need" : axis?.range))"""
@@ -62,7 +55,7 @@ def test_a_thumb_on_a_figure_scrolls_the_page(name, opened, tally):
 
 @pytest.mark.parametrize("name", site_pages('"type":"scatter3d"', '"type":"mesh3d"'))
 def test_a_finger_turns_space_once_asked_to(name, opened):
-    page = opened(name, PHONE, formulas=False)
+    page = opened(name, PHONE)
     for box in _figures(page):
         if not box.locator(".gl-container canvas").count():
             continue
@@ -78,14 +71,16 @@ def test_a_finger_turns_space_once_asked_to(name, opened):
         assert swipe(page, *middle) >= 80
 
 
-@THEMES
 @pytest.mark.parametrize("name", site_pages('"updatemenus":'))
-def test_menus_have_an_opaque_ground(name, theme, opened, tally):
-    page = opened(name, DESKTOP, theme, formulas=False)
-    for box in _figures(page):
-        for header in box.locator(".updatemenu-header").all():
-            header.click()
-        for item in box.locator(".updatemenu-item-rect").all():
+def test_menus_have_an_opaque_ground(name, opened, tally):
+    page = opened(name, DESKTOP)
+    for box in (box for _ in themes(page) for box in _figures(page)):
+        headers, items = box.locator(".updatemenu-header").all(), box.locator(".updatemenu-item-rect")
+        if items.count() == len(headers):  # a header is an item; a menu may stay open from one theme to the next
+            for header in headers:
+                header.click()
+        assert items.count() > len(headers) or not headers
+        for item in items.all():
             tally["menu items"] += 1
             ground, ink = item.evaluate("""r => [getComputedStyle(r),
                 getComputedStyle(r.parentElement.querySelector("text"))].map(s => s.fill)""")
@@ -111,54 +106,6 @@ def _contrast(one, other):
 
     low, high = sorted([luminance(one), luminance(other)])
     return (high + 0.05) / (low + 0.05)
-
-
-@DEVICES
-@pytest.mark.parametrize("name", site_pages('class="math'))
-def test_formulas_open_at_their_left_end(name, device, opened):
-    page = opened(name, device)
-    cut = page.evaluate("""() => [...document.querySelectorAll("div.math")].filter(box => {
-        const left = box.querySelector("mjx-math").getBoundingClientRect().left;
-        for (let e = box.querySelector("mjx-container"); !e.matches(".bd-article"); e = e.parentElement) {
-            if (left < e.getBoundingClientRect().left - 1) return true;
-        }
-    }).map(box => box.textContent)""")
-    assert cut == []
-
-
-@DEVICES
-@pytest.mark.parametrize("name", site_pages("<table"))
-def test_a_table_wider_than_its_column_shows_it(name, device, opened, tally):
-    """It fades at the side that goes on, and its first column stays in sight."""
-    page = opened(name, device)
-    # A folded answer has no width: open all.
-    page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
-    tables = page.evaluate("""async () => {
-        const next = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)));
-        window.dispatchEvent(new Event("resize")); await next();
-        const found = [];
-        for (const table of document.querySelectorAll(".bd-article table")) {
-            const box = table.closest(".text_html, .pst-scrollable-table-container");
-            if (!box) continue;  // an index
-            const spans = table.querySelector("tbody [rowspan]");  // there, only some rows have the first column
-            if (table.getBoundingClientRect().width <= box.clientWidth + 1) { found.push("fits"); continue; }
-            const faded = () => getComputedStyle(box).maskImage;
-            const start = faded(), cell = table.rows[spans ? 0 : table.rows.length - 1].cells[0];
-            box.scrollLeft = 60; await next();
-            const stays = Math.abs(cell.getBoundingClientRect().left - box.getBoundingClientRect().left) < 2;
-            const ground = getComputedStyle(cell).backgroundColor;
-            box.scrollLeft = 1e5; await next();
-            const narrow = cell.getBoundingClientRect().width < 0.6 * box.clientWidth;
-            const solid = !ground.startsWith("rgba");
-            const good = start !== "none" && faded() === "none" && stays && solid && narrow;
-            found.push(good ? "shown" : `${table.rows[0].textContent.trim().replace(/\\s+/g, " ")}: fade ${start} ` +
-                `at the end ${faded()}, stays ${stays}, solid ${solid}, narrow ${narrow}`);
-            box.scrollLeft = 0;
-        }
-        return found;
-    }""")
-    tally["tables"] += len(tables)
-    assert [t for t in tables if t not in ("fits", "shown")] == []
 
 
 def test_tables_have_no_row_for_the_name_of_their_index():
