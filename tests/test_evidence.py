@@ -421,11 +421,12 @@ def test_the_run_is_of_distinct_trials_with_one_knob_each():
     assert all(len(row) == 1 for row in by_row.values())
 
 
-def test_what_travels_keeps_the_knob_of_the_first_base():
-    found = rows.elsewhere("mpnet", 2)
+@pytest.mark.parametrize("base", ["mpnet", "smollm2"])
+def test_what_travels_keeps_the_knob_of_the_first_base(base):
+    found = rows.elsewhere(base, 2)
     assert len({t.key for t in found}) == len(found)
-    assert all(t.recipe == "mpnet" and t.seed == 2 and len(t.options) == 1 for t in found)
-    assert recipes.protocol("mpnet", 2).base == recipes.base("mpnet") == "mpnet" and recipes.base("uneven") == "minilm"
+    assert all(t.recipe == base and t.seed == 2 and len(t.options) == 1 for t in found)
+    assert recipes.protocol(base, 2).base == recipes.base(base) == base and recipes.base("uneven") == "minilm"
     assert Counter(t.part for t in found) == {"bake_off": len(found) - 84, "pairs": 84}
     known, seen = published().bake_off, set()
     for trial in found[:-84]:
@@ -435,7 +436,7 @@ def test_what_travels_keeps_the_knob_of_the_first_base():
         assert trial.options[0] == mine.outcomes[0].trial.options[picked], trial.label
         seen.add((trial.label, trial.rank))
     assert seen >= {(label, rank) for label in rows.MAIN for rank in (None, rows.RANK)}
-    assert not any(t.part == "bake_off" and t.recipe == "mpnet" for t in rows.published())
+    assert not any(t.part == "bake_off" and t.recipe == base for t in rows.published())
 
 
 def test_an_order_comes_after_the_one_it_follows():

@@ -86,10 +86,10 @@ def test_what_cannot_be_done_is_refused_by_name(tiny, monkeypatch):
     monkeypatch.setattr(causal, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(AssetError, match="needs bitsandbytes"):
         load(llama, "8bit")
-    with pytest.raises(ValueError, match="has no frozen head"):
-        Evaluator([load_named("rte", str(tiny / "data"))], base=llama)
-    with pytest.raises(ValueError, match="rte is no task for the base"):
-        train_adapter(load_named("rte", str(tiny / "data")), tiny / "run", Protocol(base=llama))
+    with pytest.raises(ValueError, match="only causal language models are quantised"):
+        train_adapter(load_named("rte", str(tiny / "data")), tiny / "run", Protocol(base="minilm", quantise="4bit"))
+    with pytest.raises(ValueError, match="squad is no task for the base"):
+        train_adapter(load_prompts("squad", str(tiny / "data")), tiny / "run", Protocol(base=str(tiny / "tiny-bert")))
     with pytest.raises(ValueError, match="unknown task 'mnits'"):
         load_named("mnits")
 

@@ -15,7 +15,7 @@ from ..files import Adapter
 from ..files.disk import replacing
 from .assets import cache_dir
 from .attach import applied
-from .bases import load
+from .bases import classifier
 from .bases.encoder import MINILM
 from .tasks import Task
 
@@ -74,18 +74,13 @@ class Evaluator(Remembering):
     limit : int, optional
         Examples per task; the splits are shuffled, so the first ones are a sample. None takes all.
     base : str
-        A sentence encoder or a CLIP model, by name or folder.
+        A sentence encoder, a CLIP model, or a causal language model whose next token is the label; name or folder.
     remember : bool
         Keep what was found on disk, by the content of adapter, examples, labels and head: an experiment that
         was interrupted goes on where it stopped, and one that asks again is answered at once.
     fast : bool
         Run the model in bfloat16 where the processor can (`bfloat16_here`); twice as fast. The update is
         added to the weights in float32 either way.
-
-    Raises
-    ------
-    ValueError
-        If the base is a causal language model, which `experiments.harness.Harness` evaluates.
     """
 
     def __init__(
@@ -100,11 +95,7 @@ class Evaluator(Remembering):
         self.fast = fast and bfloat16_here()
         self.memory = cache_dir() / "evaluations" if remember else None
         self.tasks = {task.name: task for task in tasks}
-        self.base = load(base)
-        if self.base.family == "causal":
-            raise ValueError(
-                f"{base}: a causal language model has no frozen head; evaluate it with lab.experiments.harness.Harness"
-            )
+        self.base = classifier(base)
         self.model = self.base.model
         if torch.cuda.is_available():
             self.model.cuda()

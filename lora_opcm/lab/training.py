@@ -18,19 +18,22 @@ from torch.utils.data import Dataset, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from ..files.disk import write_text
-from .bases import load
+from .bases import classifier, load
 from .bases.causal import Causal
 from .bases.encoder import Encoder
+from .bases.next_token import NextToken
 from .bases.vision import Clip
 from .evaluation import bfloat16_here
 from .protocol import PROTOCOL, Protocol
 from .tasks import Prompts, Task
 
+Classifier = Encoder | Clip | NextToken
+
 
 class HeadTrainer(Trainer):
-    """Trainer whose logits are scaled cosines to a frozen head."""
+    """Trainer whose logits are scaled products with a frozen head."""
 
-    def __init__(self, *args, base: Encoder | Clip, head: torch.Tensor, groups: tuple[int, ...] | None, **kwargs):
+    def __init__(self, *args, base: Classifier, head: torch.Tensor, groups: tuple[int, ...] | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.base, self.head = base, head
         self.groups = groups and torch.tensor(groups)
@@ -69,11 +72,12 @@ def train_adapter(
     """
     folder = Path(folder)
     set_seed(protocol.start(task.name))
-    base = load(protocol.base, protocol.quantise)
-    if isinstance(base, Causal) != isinstance(task, Prompts):
+    labelled = isinstance(task, Task)
+    base = (classifier if labelled else load)(protocol.base, protocol.quantise)
+    if not labelled and base.family != "causal":
         raise ValueError(f"{task.name} is no task for the base {protocol.base!r}, of the family {base.family}")
     options = {}
-    if base.family != "causal":
+    if labelled:
         # A clone, because inference tensors cannot enter autograd.
         options = {"base": base, "head": base.head(task).clone(), "groups": task.groups}
     if protocol.quantise:
@@ -177,9 +181,8 @@ class _Encoded(Dataset):
 
 def _encode(base: Encoder | Clip | Causal, task: Task | Prompts, protocol: Protocol) -> tuple[Dataset, Dataset]:
     """Examples to learn from, and those that choose the checkpoint."""
-    labelled = base.family != "causal"
     train, held_out = (
-        _Encoded(base.encode(task, split), task[split]["label"][:] if labelled else None)
+        _Encoded(base.encode(task, split), task[split]["label"][:] if isinstance(task, Task) else None)
         for split in ("train", "validation")
     )
     if protocol.shuffled:

@@ -12,7 +12,8 @@ Encoders and CLIP classify against a frozen head made of words, with logits = `s
 * `lengths(features)`: their tokens, by which batches are filled; `content(features)`: what to hash them by;
   `workers`: processes that prepare batches beside a GPU.
 
-Causal models have the loss of their completions instead, and are evaluated by lm-evaluation-harness.
+Causal models have the loss of their completions instead, and are evaluated by lm-evaluation-harness; `classifier`
+gives one that classifies, whose frozen head is rows of its output layer.
 """
 
 from transformers import AutoConfig
@@ -21,6 +22,7 @@ from ..assets import AssetError
 from ..embedded import EMBEDDED
 from .causal import Causal
 from .encoder import MINILM, Encoder
+from .next_token import NextToken
 from .vision import Clip
 
 
@@ -63,6 +65,11 @@ def load(base: str = MINILM, quantise: str = "") -> Encoder | Clip | Causal:
     if quantise:
         raise ValueError(f"{base}: quantise is {quantise!r}, but only causal language models are quantised here")
     return Encoder(base) if kind == "encoder" else Clip(base)
+
+
+def classifier(base: str = MINILM, quantise: str = "") -> Encoder | Clip | NextToken:
+    """As `load`, for tasks with labels: of a causal language model the next token is the label."""
+    return NextToken(base, quantise) if family(base) == "causal" else load(base, quantise)
 
 
 def slug(base: str) -> str:

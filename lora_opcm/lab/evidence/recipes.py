@@ -14,6 +14,7 @@ import torch
 
 from ...files import Adapter, adapter_path, load_adapter
 from ...files.disk import write_text
+from ..bases.causal import LLAMA_LINEAR
 from ..bases.encoder import MINILM
 from ..protocol import DEFAULTS, Protocol, record_of, save_adapter_half
 from ..tasks import joint_task, load_task, tasks
@@ -32,6 +33,7 @@ RECIPES = {
     "one start": {"one_start": True},
     "joint": {"steps": 800, "evaluate_every": 200},  # one adapter for all eight tasks
     "mpnet": {"base": "mpnet"} | DEFAULTS["mpnet"],  # another encoder, five times as large
+    "smollm2": {"base": "smollm2", "target_modules": LLAMA_LINEAR, "bfloat16": True},  # the label is its next token
     "shuffled labels": {"shuffled": True, "patience": 100},
 }
 

@@ -247,7 +247,9 @@ def main(
     part: Annotated[
         list[str] | None, typer.Option(help="of the run: bake_off, stream, pairs, …; all unless given")
     ] = None,
-    base: Annotated[str, typer.Option(help="minilm, or mpnet: another encoder, main rows")] = MINILM,
+    base: Annotated[
+        str, typer.Option(help="minilm; or mpnet, an encoder, or smollm2, a language model: main rows")
+    ] = MINILM,
     train: Annotated[bool, typer.Option(help="train the adapters that are missing")] = True,
     workers: Annotated[int, typer.Option(help="processes that merge, and that train on a GPU; 0: one a core")] = 0,
     seconds: Annotated[float, typer.Option(help="when to stop; what is done by then is kept")] = float("inf"),
