@@ -14,7 +14,7 @@ PROFILE ?= quick
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
-.PHONY: book test quick mutants adapters experiments evidence publish bench pdf figures paper cards release address lint clean help
+.PHONY: book test quick mutants adapters experiments evidence publish bench gpu pdf figures paper cards release address lint clean help
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -54,6 +54,16 @@ adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or wer
 
 bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
 	$(BIN)/python -m lora_opcm.lab.experiments.bench
+
+# Each step goes on where it stopped, so that what did not fit is done by another call. No network is needed once the
+# base models and the texts are in the cache. `-` lets the others run where one fails.
+gpu: $(BIN)/.ready  ## on a machine with a CUDA card, in ten minutes: its tests, the bench, adapters and outcomes of MiniLM and of SmolLM2
+	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA card is found here")'
+	-$(PYTEST) tests/test_scale.py
+	-$(BIN)/python -m lora_opcm.lab.experiments.bench card
+	-$(BIN)/python -m lora_opcm.lab.evidence.run _build/gpu/evidence --seconds 120
+	-$(BIN)/python -m lora_opcm.lab.evidence.run _build/gpu/elsewhere --base smollm2 --seconds 150
+	-$(BIN)/python -m lora_opcm.lab.generation.run _build/gpu/puzzles --deadline 180
 
 pdf: book  ## the book as one file, _build/book.pdf
 	@$(BIN)/python book/_ext/chromium.py

@@ -14,7 +14,7 @@ import torch
 
 import lora_opcm as lo
 from lora_opcm.lab.evidence import recipes, rows, run
-from lora_opcm.lab.evidence.choice import ENDS, RESAMPLES, START, best, chosen, draws, ratio, score, search
+from lora_opcm.lab.evidence.choice import ENDS, RESAMPLES, RULE, START, best, chosen, draws, ratio, score, search
 from lora_opcm.lab.evidence.outcomes import Outcome, Trial, cut, read, read_lines, write
 from lora_opcm.lab.evidence.publish import main as publish
 from lora_opcm.lab.evidence.tables import (
@@ -544,6 +544,19 @@ def test_scales_make_the_norms_that_their_ratios_say(bench):
     assert set(found.picked) | {(option, k) for k in run.ALWAYS} == set(found.test)
     assert set(chosen(found.validation, NAMES, found.sizes["validation"])) <= set(found.test)
     assert found.sizes == {split: [n] * 3 for split, n in SIZES.items()}
+
+
+def test_on_another_base_few_scales_are_tried_and_the_best_is_among_them(bench, monkeypatch):
+    """The rule without data and its neighbours first; what the search goes on to is the best of the whole grid."""
+    (whole,) = run.run_trials([WHOLE], "", bench, 1)
+    monkeypatch.setattr(run, "load_task", lambda name: name)
+    monkeypatch.setattr(run, "Evaluator", lambda data, split, **how: Evaluates(split))
+    monkeypatch.setattr(Evaluates, "model", torch.nn.Linear(1, 1), raising=False)
+    monkeypatch.setattr(torch.nn.Linear, "device", torch.device("cpu"), raising=False)
+    narrow = run.Bench(NAMES, base="mpnet")
+    (found,) = run.run_trials([WHOLE], "", narrow, 1)
+    assert {k for _, k in found.validation} == set(range(RULE - 1, 8)) < {k for _, k in whole.validation}
+    assert found.picked[0] == whole.picked[0] and (found.picked[0][0], RULE) in found.test
 
 
 def test_what_has_a_scale_of_its_own_keeps_it(bench):

@@ -273,6 +273,8 @@ def main(
         trainer.start()
     bench = Bench(dict.fromkeys(task for t in trials for task in t.tasks), limit or None, base)
     print(f"{len(left)} trials, texts read after {time.monotonic() - begun:.0f} s", flush=True)
+    if trainer and torch.cuda.is_available():
+        trainer.join()  # a card that trains and evaluates at once does both more slowly
     with open(file, "a") as out:
         for i, outcome in enumerate(run_trials(left, folder, bench, workers, deadline, done), 1):
             outcome.about["device"] = bench.name

@@ -53,6 +53,16 @@ def updates(m: int, n: int, count: int = COUNT, seed: int = 0, own: float = 1.0)
     return [LowRank(make(m, RANK), start + own * make(RANK, n)) for _ in range(count)]
 
 
+def dense_step(merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """OPCM adds one more update as its paper has it: by the SVD of the whole (m, n) sum."""
+    u, s, vh = torch.linalg.svd(merged)
+    k = int((s.cumsum(0) / s.sum() < 0.5).sum()) + 1
+    p = u.mT @ delta @ vh.mT
+    p.diagonal()[: int((s > 1e-6 * s[0]).sum())] = 0
+    p[:k], p[:, :k] = 0, 0
+    return merged + u @ p @ vh
+
+
 @app.command()
 def module(size: int = 4096):
     """(a) OPCM of 8 adapters on one square module: core space against the dense algorithm."""
@@ -60,19 +70,10 @@ def module(size: int = 4096):
     core_seconds = best(lambda: (lambda c: c.lift(opcm(c)))(Core.of(parts)), 5)
     core_peak = peak()
     merged, delta = parts[0].delta(), parts[1].delta()
-
-    def dense_step():
-        u, s, vh = torch.linalg.svd(merged)
-        k = int((s.cumsum(0) / s.sum() < 0.5).sum()) + 1
-        p = u.mT @ delta @ vh.mT
-        p.diagonal()[: int((s > 1e-6 * s[0]).sum())] = 0
-        p[:k], p[:, :k] = 0, 0
-        return merged + u @ p @ vh
-
-    step = best(dense_step, 1)
+    step = best(lambda: dense_step(merged, delta), 1)
     core = Core.of(parts)
     exact = core.lift(core.cores[0] + project(core.cores[1], core.cores[0], 0.5, "paper", core.dtype))[0]
-    gap = float((exact.delta() - dense_step()).norm() / exact.norm()) if size <= 1024 else float("nan")
+    gap = float((exact.delta() - dense_step(merged, delta)).norm() / exact.norm()) if size <= 1024 else float("nan")
     dense_seconds = step * (COUNT - 1)  # the seven steps cost the same; one is run
     emit({
         "core, s": core_seconds, "dense, s (7 × one step)": dense_seconds,
@@ -107,6 +108,26 @@ def work(size: int = 4096):
     })  # fmt: skip
     counts = {f"{name}: {k}": x for name, way in ways.items() for k, x in counted(way).items()}
     emit(used | ratios | {f"step: {name}": x for name, x in steps.items()} | counts)
+
+
+@app.command()
+def card(device: str = "cuda", size: int = 4096, modules: int = 16):
+    """(g) OPCM of 8 adapters of many square modules, cut to rank 16: on the processor, on a card and back, and there
+    by one step of the dense algorithm on one module, in turn."""
+    half = lambda u: u.to(torch.float16)  # noqa: E731
+    parts = [updates(size, size, seed=i) for i in range(modules)]
+    adapters = [Adapter({str(i): half(of[t]) for i, of in enumerate(parts)}) for t in range(COUNT)]
+    merged, delta = (u.delta().to(device) for u in parts[0][:2])
+    ways = {
+        "card": lambda: merge(adapters, "opcm", rank=RANK, device=device),
+        "processor": lambda: merge(adapters, "opcm", rank=RANK),
+        "one dense step": lambda: dense_step(merged, delta).norm().item(),  # .item() waits for the card
+    }
+    used, ratios = in_turn(ways, 3)
+    there, here = (ways[name]().modules["0"].delta() for name in ("card", "processor"))
+    steps = {"dense algorithm / card": modules * (COUNT - 1) * ratios.pop("one dense step / card")}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    emit({"device": name, "modules": modules, "apart": float((there - here).norm() / here.norm())} | used | ratios | steps)
 
 
 @app.command()
@@ -248,7 +269,7 @@ def everything(context: typer.Context, size: int = 4096):
     rows = []
 
     def report(title: str, found: dict):
-        rows.extend((title, what, f"{value:.3g}") for what, value in found.items())
+        rows.extend((title, what, x if isinstance(x, str) else f"{x:.3g}") for what, x in found.items())
         print(
             pd.DataFrame(rows[-len(found) :], columns=["part", "what", "value"]).to_string(index=False),
             flush=True,
@@ -264,6 +285,8 @@ def everything(context: typer.Context, size: int = 4096):
             merged | {"times the floor": merged["opcm, s"] / floor_["floor, s"]},
         )
     report(f"one module of work, {size}²", run("work", "--size", str(size)))
+    if torch.cuda.is_available():
+        report(f"on a card, {size}²", run("card", "--size", str(size)))
     report(f"very many adapters, {size}²", run("many", "--size", str(size)))
     report("peers", run("peers"))
     report(f"growth with T, {size}²", run("growth", "--size", str(size)))

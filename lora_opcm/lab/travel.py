@@ -1,0 +1,111 @@
+"""The same methods on several bases, side by side: MiniLM and mpnet on the book's texts, SmolLM2 on puzzles.
+
+Gains are recovered gains in per cent with their resamples, shape=[1 + resamples]; the first is no resample.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from ..files.shipped import data_dir
+from .evidence import outcomes, tables
+from .evidence.choice import RULE, ratio
+from .evidence.tables import Evidence, interval
+from .generation import tables as generation
+
+FILE = "mpnet.xz"
+PLAIN = "task arithmetic"
+SAID = {"OPCM, α = 0.75": "OPCM", "whitened sum, p = 0.5": "whitened sum"}  # a row of puzzles → the row of texts
+
+
+@dataclass(frozen=True, eq=False)
+class Landed:
+    """A method on a base.
+
+    Attributes
+    ----------
+    gain : array, shape=[1 + resamples]
+        At the scale that validation chose.
+    scale : float
+        That scale, in mean norms; over training seeds the median.
+    rule : array, shape=[1 + resamples], or None
+        The gain at the length of the rule without data; None where it was not tried.
+    """
+
+    gain: np.ndarray
+    scale: float
+    rule: np.ndarray | None
+
+
+Base = Mapping[str, Landed]
+
+
+def elsewhere() -> Evidence:
+    """The outcomes on mpnet."""
+    return Evidence(*outcomes.read(data_dir() / "results" / FILE))
+
+
+def texts(evidence: Evidence, rank: int | None) -> dict[str, Landed]:
+    """Every row of a bake-off on texts."""
+    found = {}
+    for (label, cut), row in evidence.bake_off.items():
+        if cut == rank and not row.outcomes[0].trial.natural:
+            at = tables.at_step(evidence, row.outcomes, RULE)
+            found[label] = Landed(row.draws, float(np.median(row.ratios)), at.draws if at else None)
+    return found
+
+
+def puzzles(run: generation.Run, rank: int | None, metric: str) -> dict[str, Landed]:
+    """Every row of puzzles by one metric, "right" or "likelihood"; at the rule's scale on validation questions."""
+    found = {}
+    for row in run.rows:
+        if row.rank == rank:
+            gain = 100 * run.gain(generation.tested(run, row, metric)[0], metric)
+            rule = generation.fixed(run, row, ratio(RULE), metric)
+            found[SAID.get(row.label, row.label)] = Landed(gain, row.scale, None if rule is None else 100 * rule)
+    return found
+
+
+def bases(rank: int | None = None) -> dict[str, Base]:
+    """Base → its rows: of SmolLM2 by log likelihood first, then by exact match."""
+    run = generation.Run()
+    return {
+        "MiniLM": texts(tables.published(), rank),
+        "mpnet": texts(elsewhere(), rank),
+        "SmolLM2, likelihood": puzzles(run, rank, "likelihood"),
+        "SmolLM2, exact": puzzles(run, rank, "right"),
+    }
+
+
+def common(found: Mapping[str, Base]) -> list[str]:
+    """The methods that all bases have, best on the first base first."""
+    first, *rest = found.values()
+    shared = [label for label in first if all(label in base for base in rest)]
+    return sorted(shared, key=lambda label: -first[label].gain[0])
+
+
+def ahead(found: Mapping[str, Base], of: str = PLAIN) -> pd.DataFrame:
+    """How much more of the gain each method keeps than `of`, on every base, with 95 % intervals over examples."""
+    rows = []
+    for base, landed in found.items():
+        for label in common(found):
+            more = landed[label].gain - landed[of].gain
+            low, high = interval(more)
+            rows.append({"base": base, "method": label, "more": float(more[0]), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def agreement(found: Mapping[str, Base]) -> pd.DataFrame:
+    """Spearman's correlation of the methods' gains between every two bases, with 95 % intervals over examples."""
+    labels, names, rows = common(found), list(found), []
+    ranks = {name: rankdata([found[name][label].gain for label in labels], axis=0) for name in names}
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            a, b = (ranks[name] - ranks[name].mean(0) for name in (one, other))
+            rho = (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))
+            low, high = interval(rho)
+            rows.append({"one": one, "other": other, "correlation": float(rho[0]), "low": low, "high": high})
+    return pd.DataFrame(rows)
