@@ -33,9 +33,9 @@ test: experiments  ## unit tests, every chapter under nbval, the site in a brows
 experiments: $(BIN)/.ready  ## run what is not up to date: PROFILE=quick (default), full, gpu or rehearsal; DRY_RUN=1 lists it
 	$(SNAKEMAKE) --config profile=$(PROFILE) $(if $(DRY_RUN),--dry-run)
 
-evidence: $(BIN)/.ready  ## the run behind the bake-off and the streams, from nothing: minutes on a GPU, hours on processors
-	$(BIN)/python -m lora_opcm.lab.evidence.run _build/evidence
-	$(BIN)/python -m lora_opcm.lab.evidence.publish _build/evidence/outcomes.jsonl
+evidence: $(BIN)/.ready  ## the run behind the bake-off and the streams, from nothing: minutes on a GPU, hours on processors; BASE=mpnet or smollm2: its main rows on another base, of LIMIT=150 texts a task (0: all)
+	$(BIN)/python -m lora_opcm.lab.evidence.run _build/evidence$(BASE:%=-%) $(BASE:%=--base % --limit $(or $(LIMIT),150))
+	$(BIN)/python -m lora_opcm.lab.evidence.publish _build/evidence$(BASE:%=-%)/outcomes.jsonl $(BASE:%=--to data/results/%.xz)
 
 publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a full run into data/results (make publish PROFILE=full)
 	@test -n "$(filter full gpu,$(PROFILE))" || { echo "the $(PROFILE) profile is no published run: make publish PROFILE=full"; exit 1; }

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+import lora_opcm as lo
+from lora_opcm.lab.experiments import dense
 from lora_opcm.lab.experiments.cost import counted, in_turn
 from lora_opcm.parallel import parallel_map
 
@@ -42,3 +44,19 @@ def test_ratios_are_the_median_of_rounds_in_turn_without_the_first(monkeypatch):
     used, ratios = in_turn(ways, 3)
     assert ratios == {"other / one": 1.5} and used == {"one, ms": 2000.0, "other, ms": 3000.0}
     assert order == ["other", "one", "one", "other"] * 2
+
+
+@pytest.mark.parametrize("variant", ["paper", "fusionbench"])
+def test_the_dense_algorithms_are_opcm(variant, generator):
+    """Of updates of full rank: beyond the rank of a sum the released code clears what an arbitrary basis says."""
+    draw = lambda: torch.randn(12, 12, generator=generator, dtype=torch.float64)  # noqa: E731
+    adapters = [lo.Adapter({name: lo.LowRank(draw(), draw()) for name in "ab"}) for _ in range(3)]
+    layers = {name: [a.modules[name].delta() for a in adapters] for name in "ab"}
+    ours = lo.merge(adapters, "opcm", alpha=0.4, variant=variant)
+    if variant == "paper":
+        found = {name: dense.step(dense.step(a, b, 0.4), c, 0.4) for name, (a, b, c) in layers.items()}
+        ours = lo.merge(adapters, "opcm", alpha=0.4, variant=variant, scale=1.0)
+    else:
+        found = dense.fusionbench(layers, 0.4)
+    for name, update in ours.modules.items():
+        assert torch.allclose(update.delta(), found[name], atol=1e-8), name

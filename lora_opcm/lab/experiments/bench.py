@@ -28,6 +28,8 @@ from ...merging import Core
 from ...merging.rules import opcm, project
 from ...streams import ContinualMerger
 from .cost import best, counted, in_turn
+from .dense import fusionbench
+from .dense import step as dense_step
 
 app = typer.Typer(add_completion=False)
 
@@ -51,16 +53,6 @@ def updates(m: int, n: int, count: int = COUNT, seed: int = 0, own: float = 1.0)
     make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     start = make(RANK, n) if own < 1 else torch.zeros(RANK, n)
     return [LowRank(make(m, RANK), start + own * make(RANK, n)) for _ in range(count)]
-
-
-def dense_step(merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """OPCM adds one more update as its paper has it: by the SVD of the whole (m, n) sum."""
-    u, s, vh = torch.linalg.svd(merged)
-    k = int((s.cumsum(0) / s.sum() < 0.5).sum()) + 1
-    p = u.mT @ delta @ vh.mT
-    p.diagonal()[: int((s > 1e-6 * s[0]).sum())] = 0
-    p[:k], p[:, :k] = 0, 0
-    return merged + u @ p @ vh
 
 
 @app.command()
@@ -127,7 +119,12 @@ def card(device: str = "cuda", size: int = 4096, modules: int = 16):
     there, here = (ways[name]().modules["0"].delta() for name in ("card", "processor"))
     steps = {"dense algorithm / card": modules * (COUNT - 1) * ratios.pop("one dense step / card")}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else device
-    emit({"device": name, "modules": modules, "apart": float((there - here).norm() / here.norm())} | used | ratios | steps)
+    emit(
+        {"device": name, "modules": modules, "apart": float((there - here).norm() / here.norm())}
+        | used
+        | ratios
+        | steps
+    )
 
 
 @app.command()
@@ -147,8 +144,9 @@ def many(size: int = 4096, count: int = 64):
 
 @app.command()
 def peers(size: int = 1024):
-    """(f) On the same eight adapters of two layers, in turn: a merge against peft's `add_weighted_adapter`, and against
-    the common subspace that lorashare makes of their files (SHARE; with the extra `peers`)."""
+    """(f) On the same eight adapters of two layers, in turn: a merge against peft's `add_weighted_adapter`, against the
+    OPCM of FusionBench (restated), and against the common subspace that lorashare makes of their files (SHARE; with
+    the extra `peers`)."""
     from peft import LoraConfig, get_peft_model
 
     layers = {str(i): updates(size, size, seed=i) for i in range(2)}
@@ -178,6 +176,10 @@ def peers(size: int = 1024):
     for name, (way, other) in pairs.items():
         used, ratio = in_turn({name: way, f"peft's {name}": other}, 2)
         found |= used | ratio
+    deltas = {name: [u.delta() for u in parts] for name, parts in layers.items()}
+    way = partial(merge, ours, "opcm", variant="fusionbench")
+    used, ratio = in_turn({"opcm, its cut": way, "FusionBench's OPCM, restated": lambda: fusionbench(deltas)}, 1)
+    found |= used | ratio
     if find_spec("lorashare"):
         from lorashare import SHAREModel
 
