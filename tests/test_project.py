@@ -64,7 +64,7 @@ INSIDE = {
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges tune app",
     "lab": "assets gguf embedded tasks bases attach protocol evaluation training train experiments evidence generation"
-    " tune",
+    " travel tune",
 }
 
 

@@ -23,9 +23,11 @@ def page(context):
 
 
 def _scroll_through(page):
+    """Past everything that waits for its turn, a screen and two frames at a time."""
     page.evaluate("""async () => {
-        for (let y = 0; y < document.body.scrollHeight; y += 600) {
-            window.scrollTo(0, y); await new Promise(r => setTimeout(r, 40));
+        const frame = () => new Promise(done => requestAnimationFrame(done));
+        for (let y = 0; y < document.body.scrollHeight; y += innerHeight) {
+            scrollTo({top: y, behavior: "instant"}); await frame(); await frame();
         }
     }""")
 
@@ -54,7 +56,7 @@ def test_page(name, page, server, tally):
 @pytest.mark.parametrize("name", _pages())
 def test_page_on_a_phone(name, context, server, tally):
     page = context(viewport={"width": 375, "height": 812}, has_touch=True, is_mobile=True).new_page()
-    page.goto(f"{server}/{name}", wait_until="networkidle")
+    page.goto(f"{server}/{name}", wait_until="load")
     _scroll_through(page)
     _formulas_and_tables(page, tally)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
@@ -182,6 +184,6 @@ def test_axe_has_no_serious_finding(name, page, server):
     _scroll_through(page)
     for theme in themes(page):
         options = None if theme == "light" else {"runOnly": ["color-contrast"]}  # all that a theme changes
-        found = Axe().run(page, options=options).response["violations"]
+        found = Axe().run(page, {"exclude": ["mjx-container"]}, options).response["violations"]  # what MathJax wrote
         findings = [v for v in found if v["impact"] in ("serious", "critical")]
         assert findings == [], [(theme, v["id"], v["help"], [n["target"] for n in v["nodes"][:3]]) for v in findings]

@@ -1,0 +1,80 @@
+"""Three bases side by side: every number is counted again from the outcomes of single texts and questions."""
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from lora_opcm.lab import travel
+from lora_opcm.lab.evidence import tables
+from lora_opcm.lab.evidence.choice import RULE, ratio
+from lora_opcm.lab.evidence.rows import TRAVELLED
+from lora_opcm.lab.generation import tables as generation
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("travel")]  # resamples of three runs, drawn once
+
+
+@pytest.fixture(scope="module")
+def found():
+    return travel.bases()
+
+
+def by_hand(evidence, label, at=None):
+    """Recovered gain of a row on all tasks, a ratio of means over tasks, by counting."""
+
+    def accuracy(outcome, where):
+        edges = np.cumsum(outcome.sizes["test"])[:-1]
+        return np.mean([part.mean() for part in np.split(outcome.test[where], edges)])
+
+    trials = {(o.trial.label, o.trial.rank): o for o in evidence.outcomes if o.trial.part == "bake_off"}
+    row, zero, own = trials[label, None], trials["zero-shot", None], trials["own adapter", None]
+    merged = accuracy(row, row.picked[0] if at is None else (row.picked[0][0], at))
+    low, high = accuracy(zero, (0, 0)), accuracy(own, (0, 0))
+    return 100 * (merged - low) / (high - low)
+
+
+def test_gains_on_the_second_encoder_are_counted_from_its_texts(found):
+    evidence = travel.elsewhere()
+    assert evidence.seeds == (1,) and {o.trial.recipe for o in evidence.outcomes} == {"mpnet"}
+    for label in travel.common(found):
+        row = found["mpnet"][label]
+        assert row.gain[0] == pytest.approx(by_hand(evidence, label)), label
+        assert row.rule[0] == pytest.approx(by_hand(evidence, label, RULE)), label
+        outcome = next(o for o in evidence.outcomes if (o.trial.label, o.trial.rank) == (label, None))
+        assert row.scale == ratio(outcome.picked[0][1])
+    assert by_hand(evidence, "own adapter", 0) == 100 and by_hand(evidence, "zero-shot", 0) == 0
+
+
+def test_other_bases_are_what_their_own_pages_say(found):
+    first = tables.published().bake_off
+    assert all(found["MiniLM"][label].gain[0] == first[label, None].value for label in travel.common(found))
+    table = generation.gains(generation.Run(), None)
+    for said, label in {"OPCM, α = 0.75": "OPCM", "whitened sum, p = 0.5": "whitened sum", "TSV": "TSV"}.items():
+        assert found["SmolLM2, exact"][label].gain[0] == pytest.approx(100 * table.exact[said])
+        assert found["SmolLM2, likelihood"][label].gain[0] == pytest.approx(100 * table.likelihood[said])
+        assert TRAVELLED[label] in ({"alpha": 0.75}, {"power": 0.5}, {"directions": None})  # one knob on all bases
+
+
+def test_bases_are_compared_over_the_methods_they_share(found):
+    labels = travel.common(found)
+    assert len(labels) >= 10 and travel.PLAIN in labels
+    table = travel.agreement(found)
+    assert len(table) == 6
+    for row in table.itertuples():
+        one, other = ([found[name][label].gain[0] for label in labels] for name in (row.one, row.other))
+        assert row.value == pytest.approx(spearmanr(one, other).statistic)
+        assert row.low <= row.value <= row.high
+    ahead = travel.ahead(found).set_index(["base", "method"])
+    assert (ahead.loc[(slice(None), travel.PLAIN), "value"] == 0).all()
+    for base, label in (("mpnet", "TSV"), ("SmolLM2, exact", "Iso-C")):
+        more = found[base][label].gain[0] - found[base][travel.PLAIN].gain[0]
+        assert ahead.value[base, label] == pytest.approx(more)
+        assert ahead.low[base, label] < more < ahead.high[base, label]
+
+
+def test_the_rule_loses_nothing_where_texts_choose_its_length(found):
+    scales, lost = travel.lengths(found), travel.ruled(found).set_index(["base", "method"])
+    for base in ("MiniLM", "mpnet"):
+        for label in scales.index[scales[base] == ratio(RULE)]:
+            if base == "mpnet":  # three seeds may choose three lengths
+                assert lost.value[base, label] == 0
+    assert (lost.low <= lost.value).all() and (lost.value <= lost.high).all()
