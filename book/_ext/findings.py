@@ -10,6 +10,7 @@ import pandas as pd
 
 import lora_opcm as lo
 from lora_opcm.files.shipped import results
+from lora_opcm.lab import travel
 from lora_opcm.lab.bases.shapes import build, linear_shapes
 from lora_opcm.lab.evidence import choice, rows, tables
 from lora_opcm.lab.evidence import predictors as measures
@@ -30,6 +31,18 @@ def run() -> tables.Evidence:
 @cache
 def puzzle_run() -> generation.Run:
     return generation.Run()
+
+
+@cache
+def second() -> tables.Evidence:
+    """The outcomes on the second encoder."""
+    return travel.elsewhere()
+
+
+@cache
+def bases() -> dict[str, travel.Base]:
+    """The methods that were run on all bases, ranks as they come."""
+    return travel.bases()
 
 
 @cache

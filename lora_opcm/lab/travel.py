@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from ..files.shipped import data_dir
 from .evidence import outcomes, tables
 from .evidence.choice import RULE, ratio
+from .evidence.rows import AS_PUBLISHED
 from .evidence.tables import Evidence, interval
 from .generation import tables as generation
 
@@ -31,13 +32,13 @@ class Landed:
         At the scale that validation chose.
     scale : float
         That scale, in mean norms; over training seeds the median.
-    rule : array, shape=[1 + resamples], or None
-        The gain at the length of the rule without data; None where it was not tried.
+    lost : array, shape=[1 + resamples], or None
+        How much less of the gain the rule without data keeps, on the same examples; None where it was not tried.
     """
 
     gain: np.ndarray
     scale: float
-    rule: np.ndarray | None
+    lost: np.ndarray | None
 
 
 Base = Mapping[str, Landed]
@@ -54,19 +55,31 @@ def texts(evidence: Evidence, rank: int | None) -> dict[str, Landed]:
     for (label, cut), row in evidence.bake_off.items():
         if cut == rank and not row.outcomes[0].trial.natural:
             at = tables.at_step(evidence, row.outcomes, RULE)
-            found[label] = Landed(row.draws, float(np.median(row.ratios)), at.draws if at else None)
+            found[label] = Landed(row.draws, float(np.median(row.ratios)), row.draws - at.draws if at else None)
     return found
 
 
 def puzzles(run: generation.Run, rank: int | None, metric: str) -> dict[str, Landed]:
-    """Every row of puzzles by one metric, "right" or "likelihood"; at the rule's scale on validation questions."""
+    """Every row of puzzles by one metric, "right" or "likelihood".
+
+    The rule was marked on validation questions only, so what it loses is counted on these.
+    """
     found = {}
     for row in run.rows:
         if row.rank == rank:
             gain = 100 * run.gain(generation.tested(run, row, metric)[0], metric)
             rule = generation.fixed(run, row, ratio(RULE), metric)
-            found[SAID.get(row.label, row.label)] = Landed(gain, row.scale, None if rule is None else 100 * rule)
+            lost = None if rule is None else 100 * (_validated(run, row, metric) - rule)
+            found[SAID.get(row.label, row.label)] = Landed(gain, row.scale, lost)
     return found
+
+
+def _validated(run: generation.Run, row: generation.Merge, metric: str) -> np.ndarray:
+    """The gain on validation questions at the scale that they choose, in every resample."""
+    tried = row.marks["validation"]
+    means = run.weights["validation"] @ np.stack([marks[metric] for marks in tried.values()], 1)
+    chosen = np.array(list(tried)) == generation.picks(run, row)[:, None]
+    return run.gain(means[chosen], metric, "validation")
 
 
 def bases(rank: int | None = None) -> dict[str, Base]:
@@ -89,13 +102,37 @@ def common(found: Mapping[str, Base]) -> list[str]:
 
 def ahead(found: Mapping[str, Base], of: str = PLAIN) -> pd.DataFrame:
     """How much more of the gain each method keeps than `of`, on every base, with 95 % intervals over examples."""
-    rows = []
-    for base, landed in found.items():
-        for label in common(found):
-            more = landed[label].gain - landed[of].gain
-            low, high = interval(more)
-            rows.append({"base": base, "method": label, "more": float(more[0]), "low": low, "high": high})
-    return pd.DataFrame(rows)
+    rows = [
+        (base, label, landed[label].gain - landed[of].gain) for base, landed in found.items() for label in common(found)
+    ]
+    return pd.DataFrame({"base": base, "method": label} | span(more) for base, label, more in rows)
+
+
+def ahead_everywhere(found: Mapping[str, Base]) -> list[str]:
+    """The methods that keep more than `PLAIN` on every base, by more than the interval of the difference."""
+    least = ahead(found).groupby("method", sort=False).low.min()
+    return list(least.index[least > 0])
+
+
+def lengths(found: Mapping[str, Base]) -> pd.DataFrame:
+    """The scale that validation chose, in mean norms, shape=[methods, bases]."""
+    return pd.DataFrame({base: {label: rows[label].scale for label in common(found)} for base, rows in found.items()})
+
+
+def ruled(found: Mapping[str, Base]) -> pd.DataFrame:
+    """What the rule without data keeps less of the gain than the scale that validation chose, with 95 % intervals."""
+    rows = [(base, label, rows[label]) for base, rows in found.items() for label in common(found)]
+    return pd.DataFrame(
+        {"base": base, "method": label} | span(row.lost) for base, label, row in rows if row.lost is not None
+    )
+
+
+def two(evidence: Evidence) -> pd.DataFrame:
+    """What pairs of adapters keep of the gain at scales that nothing chose, all pairs of seed 1 together."""
+    found = {label: rows for (label, _), rows in evidence.select("pairs", (1,)).items() if label in AS_PUBLISHED}
+    return pd.DataFrame(
+        {"method": label, "pairs": len(rows)} | span(evidence.row(rows).draws) for label, rows in found.items()
+    )
 
 
 def agreement(found: Mapping[str, Base]) -> pd.DataFrame:
@@ -106,6 +143,11 @@ def agreement(found: Mapping[str, Base]) -> pd.DataFrame:
         for other in names[i + 1 :]:
             a, b = (ranks[name] - ranks[name].mean(0) for name in (one, other))
             rho = (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))
-            low, high = interval(rho)
-            rows.append({"one": one, "other": other, "correlation": float(rho[0]), "low": low, "high": high})
+            rows.append({"one": one, "other": other} | span(rho))
     return pd.DataFrame(rows)
+
+
+def span(values: np.ndarray) -> dict[str, float]:
+    """A value and its 95 % interval, as columns."""
+    low, high = interval(values)
+    return {"value": float(values[0]), "low": low, "high": high}
