@@ -262,8 +262,7 @@ def test_merges_land_between_zero_shot_and_own(evaluator):
     mean = lambda correct: np.mean([c.mean() for c in correct.values()])  # noqa: E731
     floor = mean(evaluator.correct())
     own = np.mean([evaluator.correct(a, tasks=[n])[n].mean() for n, a in zip(tasks(), adapters)])
-    for options in ({"method": "mean"}, {"method": "task_arithmetic", "scale": 0.5}, {"method": "opcm"},
-                    {"method": "opcm", "variant": "fusionbench"}):  # fmt: skip
+    for options in ({"method": "mean"}, {"method": "opcm"}):
         assert floor < mean(evaluator.correct(lo.merge(adapters, **options))) < own, options
 
 
