@@ -11,8 +11,7 @@ PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -pat
 EXECUTED := $(wildcard _build/quick/executed/*.ipynb _build/gpu/executed/*.ipynb)
 PROFILE ?= quick
 # A test waits for disk, browser or kernel half of its time; threads of linear algebra would spin on each other's cores.
-WORKERS = auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
 .PHONY: book test quick mutants adapters experiments evidence publish bench gpu pdf figures paper cards release address lint clean help
@@ -26,7 +25,6 @@ book: experiments  ## install, fetch the data, run the experiments, build the si
 	@echo; $(BIN)/python -c "from lora_opcm.lab.evidence.tables import headline; print('Gain kept by one adapter in place of eight, %'); print(headline().round(1).to_string())"
 	@echo; echo "The book: $(CURDIR)/_build/site/index.html"
 
-test: WORKERS = $$(($$(getconf _NPROCESSORS_ONLN) + 1))
 test: experiments  ## unit tests, every chapter under nbval, the site in a browser
 	@$(MAKE) --no-print-directory _build/site/index.html
 	@$(BIN)/python book/_ext/chromium.py || true  # without a browser its tests are skipped, and the run is not green
