@@ -55,15 +55,16 @@ adapters: $(BIN)/.ready  ## retrain the shipped adapters that are missing or wer
 bench: $(BIN)/.ready  ## time and memory of merging, against the dense algorithm and the floor
 	$(BIN)/python -m lora_opcm.lab.experiments.bench
 
-# Each step goes on where it stopped, so that what did not fit is done by another call. No network is needed once the
-# base models and the texts are in the cache. `-` lets the others run where one fails.
-gpu: $(BIN)/.ready  ## on a machine with a CUDA card, in ten minutes: its tests, the bench, adapters and outcomes of MiniLM and of SmolLM2
+# In ten minutes. Runs go on where they stopped, so that what did not fit is done by another call. No network is needed
+# once the base models and the texts are in the cache. All steps are tried, whatever fails.
+gpu: $(BIN)/.ready  ## on a machine with a CUDA card: its tests, the bench, adapters and outcomes of MiniLM and of SmolLM2
 	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA card is found here")'
-	-$(PYTEST) tests/test_scale.py
-	-$(BIN)/python -m lora_opcm.lab.experiments.bench card
-	-$(BIN)/python -m lora_opcm.lab.evidence.run _build/gpu/evidence --seconds 120
-	-$(BIN)/python -m lora_opcm.lab.evidence.run _build/gpu/elsewhere --base smollm2 --seconds 150
-	-$(BIN)/python -m lora_opcm.lab.generation.run _build/gpu/puzzles --deadline 180
+	@failed=0; try() { echo "$$*"; "$$@" || failed=1; }; \
+	try timeout 90 env $(PYTEST) tests/test_scale.py; \
+	try timeout 60 $(BIN)/python -m lora_opcm.lab.experiments.bench card; \
+	try $(BIN)/python -m lora_opcm.lab.evidence.run _build/gpu/evidence --seconds 120; \
+	try $(BIN)/python -m lora_opcm.lab.evidence.run _build/gpu/elsewhere --base smollm2 --seconds 150; \
+	try $(BIN)/python -m lora_opcm.lab.generation.run _build/gpu/puzzles --deadline 180; exit $$failed
 
 pdf: book  ## the book as one file, _build/book.pdf
 	@$(BIN)/python book/_ext/chromium.py

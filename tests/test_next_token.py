@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 import lora_opcm as lo
+from lora_opcm.lab import evaluation
 from lora_opcm.lab.attach import applied
 from lora_opcm.lab.bases import classifier
 from lora_opcm.lab.bases.next_token import NextToken, spoken
@@ -68,6 +69,23 @@ def test_batches_of_a_language_model_answer_as_one_text_alone(llama):
             told.append(base.model(whole).logits[0, -1, first])
     assert torch.allclose(batched, torch.stack(told), atol=1e-4)
     assert np.array_equal(found, batched.argmax(1).numpy() == np.array(task["test"]["label"][:]))
+
+
+def test_updates_are_added_in_float32_to_a_model_in_bfloat16(llama, monkeypatch):
+    """As it lies on a GPU: one rounding, of the sum."""
+    base, g = classifier(llama), torch.Generator().manual_seed(0)
+    base.model.bfloat16()
+    monkeypatch.setattr(evaluation, "classifier", lambda name: base)
+    monkeypatch.setattr(evaluation, "bfloat16_here", lambda: True)
+    evaluator, name = Evaluator([notes()], base=llama, fast=True), "model.layers.0.mlp.down_proj"
+    module = base.model.get_submodule(name)
+    before, update = (
+        module.weight.detach().clone(),
+        lo.LowRank(torch.randn(32, 2, generator=g), torch.randn(2, 64, generator=g)),
+    )
+    with applied(evaluator.model, lo.Adapter({name: update}), evaluator.exact):
+        assert torch.equal(module.weight, (before.float() + update.left @ update.right).bfloat16())
+    assert torch.equal(module.weight, before)
 
 
 def test_a_language_model_learns_labels(llama, tmp_path):

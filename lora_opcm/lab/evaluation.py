@@ -102,7 +102,8 @@ class Evaluator(Remembering):
         self.heads = {task.name: self.base.head(task) for task in tasks}
         self.exact = None
         if self.fast:
-            self.exact = {name: w.detach().clone() for name, w in self.model.named_parameters()}
+            # A language model may lie in bfloat16 on a GPU; the sum with an update is taken in float32 there, too.
+            self.exact = {name: w.detach().to(torch.float32, copy=True) for name, w in self.model.named_parameters()}
             self.model.bfloat16()
         self.labels = {task.name: np.array(task[split]["label"][:limit]) for task in tasks}
         self.ids = {task.name: self.base.encode(task, split, limit) for task in tasks}

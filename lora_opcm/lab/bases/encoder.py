@@ -79,7 +79,22 @@ def head(task: Task, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     return embed(model, **batch)
 
 
-class Encoder:
+class Texts:
+    """What a base does whose features are token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def lengths(self, features: list[list[int]]) -> list[int]:
+        return [len(ids) for ids in features]
+
+    def content(self, features: list[list[int]]) -> list[list[int]]:
+        return features
+
+    def collate(self, features: list[list[int]]) -> dict[str, Tensor]:
+        return pad(features, self.tokenizer.pad_token_id)
+
+
+class Encoder(Texts):
     """A sentence encoder as a base model; `bases` says what the methods are for."""
 
     family, task_type, scale, workers = "encoder", "FEATURE_EXTRACTION", SCALE, 0
@@ -91,15 +106,6 @@ class Encoder:
 
     def encode(self, task: Task, split: str, limit: int | None = None) -> list[list[int]]:
         return tokenise(task[split]["text"][:limit], self.tokenizer)
-
-    def lengths(self, features: list[list[int]]) -> list[int]:
-        return [len(ids) for ids in features]
-
-    def content(self, features: list[list[int]]) -> list[list[int]]:
-        return features
-
-    def collate(self, features: list[list[int]]) -> dict[str, Tensor]:
-        return pad(features, self.tokenizer.pad_token_id)
 
     def embed(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return embed(model, batch["input_ids"], batch["attention_mask"])

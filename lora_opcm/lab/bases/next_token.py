@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..tasks import Task
 from .causal import Causal
-from .encoder import pad, tokenise
+from .encoder import Texts, tokenise
 
 
-class NextToken(Causal):
+class NextToken(Texts, Causal):
     """A causal language model that classifies; `bases` says what the methods are for."""
 
     scale = 1.0
@@ -25,15 +25,6 @@ class NextToken(Causal):
         opening, _ = spoken(task)
         asked = self.tokenizer(f"\n\n{opening}", add_special_tokens=False)["input_ids"]
         return [text + asked for text in tokenise(task[split]["text"][:limit], self.tokenizer)]
-
-    def lengths(self, features: list[list[int]]) -> list[int]:
-        return [len(ids) for ids in features]
-
-    def content(self, features: list[list[int]]) -> list[list[int]]:
-        return features
-
-    def collate(self, features: list[list[int]]) -> dict[str, Tensor]:
-        return pad(features, self.tokenizer.pad_token_id)
 
     def embed(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The hidden state that the output layer reads after the last token, shape=[b, d]; its length is kept."""
