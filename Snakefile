@@ -125,5 +125,5 @@ rule notebook:
     params: given=told
     threads: 1 if PROFILE == "quick" else workflow.cores  # small texts: side by side; a measured run has the machine to itself
     shell:
-        "{sys.executable} -m papermill --progress-bar --kernel python3 -y {params.given:q} {input.notebook} {log.notebook} 2>&1 | tee {log[0]}"
+        "OMP_NUM_THREADS={threads} {sys.executable} -m papermill --progress-bar --kernel python3 -y {params.given:q} {input.notebook} {log.notebook} 2>&1 | tee {log[0]}"
         " && cp {log.notebook} {output.executed}"

@@ -52,7 +52,7 @@ def losses(label: str, at: Candidate | None = None) -> np.ndarray:
     [outcomes] = run.select("pairs", (1,), label=label).values()
     if [o.trial.tasks for o in outcomes] != list(published().index):
         raise ValueError(f"{label}: its pairs are not those of data/results/predictors.csv")
-    row = run.row(outcomes, lambda outcome: at)
+    row = run.row(outcomes, (lambda outcome: at) if at else None)
     return 100 * (row.own - row.accuracy).mean(2)
 
 

@@ -64,14 +64,16 @@ def _merged(adapters: list[Adapter], trial: Trial, options: dict) -> Adapter:
 class Bench:
     """Evaluates trials on all validation and test texts of their tasks.
 
-    On another base than MiniLM the grid of scales begins with the rule without data and its neighbours, and of the test
-    texts the rule and what validation chose are asked: it is for machines that have no day.
+    On another base than MiniLM, or of a limited number of texts, the grid of scales begins with the rule without data
+    and its neighbours, and test texts are asked of the rule (of two adapters, of four or more) and of what validation
+    chose: it is for machines that have no day.
     """
 
     def __init__(self, names: Iterable[str], limit: int | None = None, base: str = MINILM):
         data = [load_task(name) for name in names]
         self.splits = {s: Evaluator(data, s, limit=limit, base=base, fast=True) for s in ("validation", "test")}
-        self.start, self.always = (START, ALWAYS) if base == MINILM else ((RULE - 1, RULE, RULE + 1), (RULE,))
+        whole = base == MINILM and limit is None
+        self.start, self.always = (START, ALWAYS) if whole else ((RULE - 1, RULE, RULE + 1), (RULE - 1, RULE))
         self.device = self.splits["test"].model.device
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
 

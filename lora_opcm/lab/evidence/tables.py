@@ -7,10 +7,12 @@ every array is no resample.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,13 +46,29 @@ def seed_weights(count: int) -> np.ndarray:
     return np.concatenate([np.ones((1, count)), drawn]) / count
 
 
-def accuracy(outcome: Outcome, at: Candidate | None = None) -> np.ndarray:
-    """Test accuracy of every task where validation texts put the scale (or `at` one), shape=[1 + resamples, tasks]."""
-    names = [at] if at else list(outcome.test)
-    picked = np.resize([names.index(c) for c in ([at] if at else outcome.picked)], 1 + RESAMPLES)
-    bits = np.stack([outcome.test[c] for c in names], 1)
-    each = shares(bits, outcome.trial.tasks, outcome.sizes["test"], "test")
-    return np.take_along_axis(each, picked[:, None, None], 2)[..., 0]
+At = Callable[[Outcome], Candidate] | None  # where an outcome is read; None: where validation texts put it
+
+
+def accuracy(outcomes: Sequence[Outcome], at: At = None) -> np.ndarray:
+    """Test accuracy of every task of outcomes of as many tasks, shape=[outcomes, 1 + resamples, tasks].
+
+    What is of the same texts is counted in one product, so that the resamples, most of its bytes, are read once.
+    """
+    found = np.empty((len(outcomes), 1 + RESAMPLES, len(outcomes[0].trial.tasks)))
+    together = defaultdict(list)
+    for i, outcome in enumerate(outcomes):
+        together[outcome.trial.tasks, tuple(outcome.sizes["test"])].append(i)
+    for (tasks, sizes), members in together.items():
+        bits, columns = [], []
+        for i in members:
+            picked = [at(outcomes[i])] if at else outcomes[i].picked
+            names = list(dict.fromkeys(picked))
+            columns.append(np.resize([len(bits) + names.index(c) for c in picked], 1 + RESAMPLES))
+            bits += [outcomes[i].test[c] for c in names]
+        each = shares(np.stack(bits, 1), tasks, sizes, "test")
+        for i, column in zip(members, columns, strict=True):
+            found[i] = np.take_along_axis(each, column[:, None, None], 2)[..., 0]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,23 +132,40 @@ class Evidence:
     outcomes: list[Outcome]
 
     @cached_property
-    def _bounds(self) -> dict[tuple, np.ndarray]:
-        found = {}
-        for outcome in self.outcomes:
-            t = outcome.trial
-            if t.method in ("", "own"):
-                each = accuracy(outcome)
-                found |= {(t.method, t.recipe, t.seed, task): each[:, j] for j, task in enumerate(t.tasks)}
-        return found
+    def _bounds(self) -> dict[tuple, tuple[Outcome, int]]:
+        """Method, recipe, seed, task → the outcome of a base model or of own adapters, and where in it the task is."""
+        found = [(o, o.trial) for o in self.outcomes if o.trial.method in ("", "own")]
+        return {(t.method, t.recipe, t.seed, task): (o, j) for o, t in found for j, task in enumerate(t.tasks)}
 
-    def row(self, outcomes: list[Outcome], at: Callable[[Outcome], Candidate | None] = lambda o: None) -> Row:
-        """Outcomes of one trial over seeds, their scales chosen by validation texts or given by `at`."""
-        trials = [o.trial for o in outcomes]
-        zero, own = (
-            np.stack([np.stack([self._bounds[m, t.recipe, t.seed, task] for task in t.tasks], 1) for t in trials])
-            for m in ("", "own")
-        )
-        return Row(outcomes, np.stack([accuracy(o, at(o)) for o in outcomes]), zero, own)
+    @cached_property
+    def _counted(self) -> dict[Outcome, np.ndarray]:
+        return {}
+
+    def _bound(self, method: str, trial: Trial) -> np.ndarray:
+        """Accuracy of the tasks of a trial, of the base model or of own adapters, shape=[1 + resamples, tasks]."""
+        places = [self._bounds[method, trial.recipe, trial.seed, task] for task in trial.tasks]
+        for outcome, _ in places:
+            if outcome not in self._counted:
+                self._counted[outcome] = accuracy([outcome])[0]
+        return np.stack([self._counted[outcome][:, j] for outcome, j in places], 1)
+
+    def rows(self, found: Mapping[Hashable, list[Outcome]], at: At = None) -> "dict[Any, Row]":
+        """A row for outcomes of one trial over seeds, with scales chosen by validation texts or given by `at`."""
+        if not found:
+            return {}
+        each = iter(accuracy([o for outcomes in found.values() for o in outcomes], at))
+        return {
+            key: Row(
+                outcomes,
+                np.stack(list(islice(each, len(outcomes)))),
+                *(np.stack([self._bound(method, o.trial) for o in outcomes]) for method in ("", "own")),
+            )
+            for key, outcomes in found.items()
+        }
+
+    def row(self, outcomes: list[Outcome], at: At = None) -> Row:
+        """One row, see `rows`."""
+        return self.rows({"": outcomes}, at)[""]
 
     def select(self, part: str, seeds: Sequence[int] | None = None, **where) -> dict[tuple, list[Outcome]]:
         """(label, rank) → its outcomes in the order of seeds; `where` says what fields of their trials are."""
@@ -156,7 +191,7 @@ class Evidence:
     def bake_off(self) -> dict[tuple, Row]:
         """(label, rank) → row, of every method that has all seeds."""
         found = self.select("bake_off", self.seeds)
-        return {key: self.row(each) for key, each in found.items() if len(each) == len(self.seeds)}
+        return self.rows({key: each for key, each in found.items() if len(each) == len(self.seeds)})
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
