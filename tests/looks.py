@@ -1,5 +1,10 @@
-"""What the formulas and tables of an open page do on its screen, phone or desktop."""
+"""What the formulas, tables and figures of an open page do on its screen, phone or desktop."""
 
+from conftest import swipe, themes
+
+CONTROLS = ".slider-container, .updatemenu-container"  # what a finger on a figure is meant for
+RANGES = """b => JSON.stringify(["xaxis", "yaxis"].map(key => b._fullLayout[key]).map(
+    axis => axis?.autorange ? "what the data need" : axis?.range))"""
 CUT_FORMULAS = """() => [...document.querySelectorAll("div.math")].filter(box => {
     const left = box.querySelector("mjx-math").getBoundingClientRect().left;
     for (let e = box.querySelector("mjx-container"); !e.matches(".bd-article"); e = e.parentElement) {
@@ -53,3 +58,71 @@ def tables(page):
     # A folded answer has no width: open all.
     page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     return page.evaluate(TABLES)
+
+
+def figures(page):
+    """The figures of a page, one after the other, each drawn and in the middle of the screen."""
+    boxes = page.locator(".lo-figure")
+    for i in range(boxes.count()):
+        boxes.nth(i).evaluate("box => box.scrollIntoView({block: 'center', behavior: 'instant'})")
+        page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
+        yield boxes.nth(i)
+
+
+def thumbed(page, tally):
+    """What a thumb does on a figure beside scrolling the page: where it is stuck, or zooms, or meets a mode bar."""
+    found = []
+    for i, box in enumerate(figures(page)):
+        if box.locator(".modebar-btn").count():  # on a touch screen it is always there
+            found.append((i, "covered"))
+        before = box.evaluate(RANGES)
+        for across, down in [(0.5, 0.5), [(0.2, 0.35), (0.8, 0.65), (0.02, 0.5)][i % 3]]:
+            box.evaluate("box => box.scrollIntoView({block: 'center', behavior: 'instant'})")
+            at = box.bounding_box()
+            x, y = at["x"] + across * at["width"], at["y"] + down * at["height"]
+            if page.evaluate(f"([x, y]) => !document.elementFromPoint(x, y)?.closest('{CONTROLS}')", [x, y]):
+                tally["swipes"] += 1
+                if swipe(page, x, y) < 80:
+                    found.append((i, across, down))
+        if box.evaluate(RANGES) != before:
+            found.append((i, "zoomed"))
+    return found
+
+
+def menus(page, tally):
+    """Menus of figures, opened in both themes, that one sees through or cannot read: their ground and ink."""
+    found = []
+    for theme in themes(page) if page.locator(".updatemenu-container").count() else ():
+        for box in figures(page):
+            headers, items = box.locator(".updatemenu-header").all(), box.locator(".updatemenu-item-rect")
+            if items.count() == len(headers):  # a header is an item; a menu may stay open from one theme to the next
+                for header in headers:
+                    header.click()
+            assert items.count() > len(headers) or not headers
+            for item in items.all():
+                tally["menu items"] += 1
+                ground, ink, opacity = item.evaluate("""r => [getComputedStyle(r).fill,
+                    getComputedStyle(r.parentElement.querySelector("text")).fill, getComputedStyle(r).fillOpacity]""")
+                if opacity != "1" or _alpha(ground) != 1 or _contrast(ground, ink) < 4.5:
+                    found.append((theme, ground, ink, opacity))
+    return found
+
+
+def _numbers(colour):
+    return [float(n) for n in colour[colour.index("(") + 1 : -1].replace("/", ",").split(",")]
+
+
+def _alpha(colour):
+    return (*_numbers(colour), 1.0)[3]
+
+
+def _contrast(one, other):
+    """As WCAG has it."""
+
+    def luminance(colour):
+        parts = [c / 255 for c in _numbers(colour)[:3]]
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)

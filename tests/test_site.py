@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 import looks
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import SITE, themes
+from conftest import SITE, swipe, themes
 from conftest import site_pages as _pages
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -34,19 +34,18 @@ def _scroll_through(page):
 
 @pytest.mark.parametrize("name", _pages())
 def test_page(name, page, server, tally):
-    page.goto(f"{server}/{name}", wait_until="networkidle")
+    page.goto(f"{server}/{name}", wait_until="load")
     _scroll_through(page)
     figures = page.locator(".lo-figure")
     assert page.locator(".lo-caption").count() == figures.count(), "every figure has a numbered caption"
     assert (SITE / name).stat().st_size < PAGE_BYTES
-    for i in range(figures.count()):
-        figures.nth(i).scroll_into_view_if_needed()
-        page.wait_for_function("i => document.querySelectorAll('.lo-figure')[i].dataset.drawn", arg=i)
+    for figure in looks.figures(page):
         drawn = ".trace path, .points path, .heatmaplayer image, .gl-container canvas, .gl-container div"
-        assert figures.nth(i).locator(drawn).count() > 0, "a figure without marks"
-        assert len(figures.nth(i).get_attribute("aria-label") or "") > 20, "a figure without alternative text"
-        assert figures.nth(i).locator(".modebar-btn").count() == 0, "a mode bar lies over legends and menus"
+        assert figure.locator(drawn).count() > 0, "a figure without marks"
+        assert len(figure.get_attribute("aria-label") or "") > 20, "a figure without alternative text"
+        assert figure.locator(".modebar-btn").count() == 0, "a mode bar lies over legends and menus"
     _formulas_and_tables(page, tally)
+    assert looks.menus(page, tally) == []
     foreign = [u for u in page.requests if not u.startswith((server, "data:", "blob:"))]
     tally.update(pages=1, figures=figures.count())
     tally.update({"foreign requests": len(foreign), "console errors": len(page.troubles)})
@@ -60,6 +59,7 @@ def test_page_on_a_phone(name, context, server, tally):
     _scroll_through(page)
     _formulas_and_tables(page, tally)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert looks.thumbed(page, tally) == []
 
 
 def _formulas_and_tables(page, tally):
@@ -69,6 +69,35 @@ def _formulas_and_tables(page, tally):
     tables = looks.tables(page)
     tally.update(formulas=page.locator(".math").count(), tables=len(tables))
     assert [t for t in tables if t not in ("fits", "shown")] == []
+
+
+@pytest.mark.parametrize("name", _pages('"type":"scatter3d"', '"type":"mesh3d"'))
+def test_a_finger_turns_space_once_asked_to(name, context, server):
+    page = context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).new_page()
+    page.goto(f"{server}/{name}", wait_until="load")
+    for box in looks.figures(page):
+        if not box.locator(".gl-container canvas").count():
+            continue
+        camera = "b => JSON.stringify(b._fullLayout.scene._scene.getCamera().eye)"
+        before = box.evaluate(camera)
+        box.locator("+ .lo-turn").tap()
+        at = box.locator(".gl-container canvas").bounding_box()
+        middle = (at["x"] + at["width"] / 2, at["y"] + at["height"] / 2)
+        assert abs(swipe(page, *middle)) < 5
+        page.wait_for_timeout(300)
+        assert box.evaluate(camera) != before
+        box.locator("+ .lo-turn").tap()
+        assert swipe(page, *middle) >= 80
+
+
+def test_tables_have_no_row_for_the_name_of_their_index():
+    """pandas writes it below the header, in a row of otherwise empty cells."""
+    from bs4 import BeautifulSoup
+
+    for name in _pages("<thead"):
+        for head in BeautifulSoup((SITE / name).read_text(encoding="utf8"), "html.parser").find_all("thead"):
+            last = [cell.get_text(strip=True) for cell in head.find_all("tr")[-1].find_all("th")]
+            assert len(last) == 1 or any(last[len(last) // 2 :]), (name, last)
 
 
 def test_experiment_shows_its_figure_and_its_table(page, server):
