@@ -94,12 +94,14 @@ rule all:
     input:
         [f"{OUT}/executed/{name}.ipynb" for name in RUNS],
         sorted({path for name in RUNS for path in trained(name)}),  # asked for by name: one that is deleted comes back
+    message: "all of the profile is there"
 
 
 rule tiny:
     input: local("lora_opcm/lab/bases/tiny.py")
     output: directory("_build/rehearsal/tiny")
     log: "_build/logs/tiny.log"
+    message: "checkpoints and data of a rehearsal"
     shell: "{sys.executable} -m lora_opcm.lab.bases.tiny {output} > {log} 2>&1"
 
 
@@ -107,6 +109,7 @@ rule adapter:
     input: made
     output: expand("_build/{{where}}/seed{{seed}}/{{task}}/{file}", file=FILES)
     log: "_build/logs/{where}/seed{seed}-{task}.log"
+    message: "adapter of {wildcards.task}, seed {wildcards.seed}, in {wildcards.where}"
     params: options=lambda wildcards: GROWN.get(wildcards.where, "")
     wildcard_constraints: seed=r"\d+", task=r"[^/]+"
     threads: workflow.cores
@@ -123,6 +126,7 @@ rule notebook:
     output: executed=f"{OUT}/executed/{{name}}.ipynb", results=f"{OUT}/results/{{name}}.csv"
     log: f"{OUT}/logs/{{name}}.log", notebook=f"{OUT}/logs/{{name}}.ipynb"  # where it failed, cell by cell
     params: given=told
+    message: "experiment {wildcards.name}"  # and no list of the inputs, which are all of the package
     threads: 1 if PROFILE == "quick" else workflow.cores  # small texts: side by side; a measured run has the machine to itself
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable} -m papermill --progress-bar --kernel python3 -y {params.given:q} {input.notebook} {log.notebook} 2>&1 | tee {log[0]}"
