@@ -12,9 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +26,8 @@ from ...merging import Core
 from ...merging.rules import opcm, project
 from ...streams import ContinualMerger
 from .cost import best, counted, in_turn
-from .dense import fusionbench
 from .dense import step as dense_step
+from .peers import COUNT, RANK, against_peers, updates
 
 app = typer.Typer(add_completion=False)
 
@@ -39,20 +37,9 @@ def emit(found: dict) -> None:
     print(json.dumps(found | {"load of the machine": os.getloadavg()[0]}))
 
 
-RANK, COUNT = 16, 8
-
-
 def peak() -> float:
     """Peak resident memory of this process in GB, file pages that were mapped included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def updates(m: int, n: int, count: int = COUNT, seed: int = 0, own: float = 1.0) -> list[LowRank]:
-    """Random updates; with `own` below 1 their right factors are one random start and that share of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    start = make(RANK, n) if own < 1 else torch.zeros(RANK, n)
-    return [LowRank(make(m, RANK), start + own * make(RANK, n)) for _ in range(count)]
 
 
 @app.command()
@@ -144,51 +131,11 @@ def many(size: int = 4096, count: int = 64):
 
 @app.command()
 def peers(size: int = 1024):
-    """(f) On the same eight adapters of two layers, in turn: a merge against peft's `add_weighted_adapter`, against the
-    OPCM of FusionBench (restated), and against the common subspace that lorashare makes of their files (SHARE; with
-    the extra `peers`)."""
-    from peft import LoraConfig, get_peft_model
-
-    layers = {str(i): updates(size, size, seed=i) for i in range(2)}
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(layers))
-    model = get_peft_model(torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in layers)), config, "0")
-    for t in range(COUNT):
-        if t:
-            model.add_adapter(str(t), config)
-        for name, parts in layers.items():
-            layer = model.base_model.model.get_submodule(name)
-            layer.lora_A[str(t)].weight.data, layer.lora_B[str(t)].weight.data = parts[t].right, parts[t].left
-    ours = [Adapter({name: parts[t] for name, parts in layers.items()}) for t in range(COUNT)]
-    names = [str(t) for t in range(COUNT)]
-
-    def peft(kind: str, **options) -> Callable:
-        def way():
-            model.add_weighted_adapter(names, [1.0] * COUNT, "merged", kind, svd_rank=RANK, **options)
-            model.delete_adapter("merged")
-
-        return way
-
+    """(f) Other packages on the same adapters, see `against_peers`."""
     found = {}
-    pairs = {
-        "svd": (lambda: merge(ours, "svd", rank=RANK), peft("svd")),
-        "ties": (lambda: merge(ours, "ties", rank=RANK), peft("ties_svd", density=0.2)),
-    }
-    for name, (way, other) in pairs.items():
-        used, ratio = in_turn({name: way, f"peft's {name}": other}, 2)
-        found |= used | ratio
-    deltas = {name: [u.delta() for u in parts] for name, parts in layers.items()}
-    way = partial(merge, ours, "opcm", variant="fusionbench")
-    used, ratio = in_turn({"opcm, its cut": way, "FusionBench's OPCM, restated": lambda: fusionbench(deltas)}, 1)
-    found |= used | ratio
-    if find_spec("lorashare"):
-        from lorashare import SHAREModel
-
-        with tempfile.TemporaryDirectory() as there:
-            files = [str(save_adapter(a, Path(there, f"adapter{t}"), format="peft")) for t, a in enumerate(ours)]
-            way = lambda: merge(files, "chordal_mean", k=2 * RANK)  # noqa: E731
-            other = lambda: SHAREModel.from_adapters(files, num_components=2 * RANK)  # noqa: E731
-            used, ratio = in_turn({"chordal mean of files": way, "lorashare's subspace of files": other}, 2)
-        found |= used | ratio
+    for row in against_peers(size).to_dict("records"):
+        found |= {f"{row['ours']}, ms": row["ours, ms"], f"{row['peer']}, ms": row["peer, ms"]}
+        found[f"{row['peer']} / {row['ours']}"] = row["times ours"]
     emit(found)
 
 
