@@ -120,12 +120,8 @@ class LowRank:
         dropped : float
             Share of ‖ΔW‖²_F that was cut off.
         """
-        u, s, vh = self.svd()
-        k = keep_rank(s, rank, energy)
-        root = s[:k].sqrt()
-        total = float(s.double().square().sum())
-        dropped = float(s[k:].double().square().sum()) / total if total else 0.0
-        return LowRank((u[:, :k] * root).to(self.dtype), (root[:, None] * vh[:k]).to(self.dtype)), dropped
+        update, dropped = leading(*self.svd(), rank, energy)
+        return update.to(self.dtype), dropped
 
     def zero(self) -> "LowRank":
         """The zero update of this shape and dtype, of rank 0, which holds no number."""
@@ -155,6 +151,18 @@ class LowRank:
     def norm(self) -> float:
         """Frobenius norm ‖ΔW‖_F, in float64."""
         return max(self.inner(self), 0.0) ** 0.5
+
+
+def leading(
+    u: Tensor, s: Tensor, vh: Tensor, rank: int | None = None, energy: float | None = None
+) -> tuple[LowRank, float]:
+    """The leading part of a singular value decomposition in the balanced gauge, and the share of the squared norm that
+    is left out; see `LowRank.truncate`."""
+    k = keep_rank(s, rank, energy)
+    root = s[:k].sqrt()
+    total = float(s.double().square().sum())
+    dropped = float(s[k:].double().square().sum()) / total if total else 0.0
+    return LowRank(u[:, :k] * root, root[:, None] * vh[:k]), dropped
 
 
 class Updates(Protocol):

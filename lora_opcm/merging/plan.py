@@ -171,12 +171,11 @@ ONE_RANK = {"ctm", "chordal_mean", "karcher_mean", "quotient_mean", "lora_opcm"}
 def _module(method: str, m: int, n: int, ranks: Sequence[int]) -> tuple[float, float, float, float, int]:
     """Of one module: operations in products and in factorisations, bytes passed over, bytes held, output rank."""
     space, R, T = method_of(method).space, sum(ranks), len(ranks)
-    p, q, small, large = min(R, m), min(R, n), min(m, n), max(m, n)
+    p, q, small = min(R, m), min(R, n), min(m, n)
     k = min(max(ranks) if method in ONE_RANK else R, small)
     entries = T * (m * n if space == "dense" else p * q) * PASSES.get(method, 0)
     if space == "dense":
-        work = qr(small, small) + qr(large, small) + thin_svd(small, small)
-        return 2 * m * n * R + 2 * (m + n) * small**2, work, entries, 8.0 * m * n * (T + 6), small
+        return 2 * m * n * R, thin_svd(m, n), entries, 8.0 * m * n * (T + 6), small
     if method == "regmean":
         work = 2 / 3 * n**3 * T + qr(m, R) + qr(n, R) + thin_svd(R, R)
         return 2 * n * n * R, work, 8 * T * n * n, 8.0 * n * n * (T + 2), k

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..lowrank import LowRank, add
+from ..lowrank import LowRank, add, leading
+from ..numerics import nonzero_svd
 from ..values import AUTO, norms
 from .core import Core, Spectrum
 from .method import Method
@@ -66,7 +67,7 @@ SPACES = {
     ),
     "dense": Space(
         lambda updates: [u.left.double() @ u.right.double() for u in updates],
-        lambda deltas, found, *cut: LowRank.from_dense(found).truncate(*cut),
+        lambda deltas, found, *cut: leading(*nonzero_svd(found, found.dtype), *cut),
         lambda deltas, found: [[float(x.square().sum()) for x in (found, *deltas)]],
     ),
 }
