@@ -198,6 +198,9 @@ def test_a_quick_page_shows_the_published_table_and_says_so(monkeypatch):
     assert beside("unknown", own, "quick") is own and beside("unknown", None, "quick") is None
     assert "this build's own run (5 texts)" in provenance(own, own, "5 texts")
     assert "from an earlier published run, of protocol 1" in provenance(ROWS, own, "5 texts")
+    timed = ROWS[["method"]]
+    assert "it classifies no text" in provenance(timed, own, "two sizes")
+    assert "protocol 1" in provenance(lo.files.shipped.results("two_into_one"), own, "60 texts")
 
 
 def test_results_are_saved_with_what_they_came_from(tmp_path):
