@@ -13,7 +13,7 @@ import numpy as np
 
 START = range(-2, 5)  # steps: ratios ½, 1/√2, 1, √2, 2, 2√2, 4
 ENDS = (-8, 10)
-RULE = 2  # the step of the rule without data, min(√T, 2) mean norms, for four adapters or more
+RULE = 2  # the step of the rule without data, min(√T, 2) mean norms, for four adapters or more: see `rule`
 RESAMPLES = 1000
 DIGITS = 9  # of a score: two that differ by less are equal
 Candidate = tuple[int, int]  # which options of the row, and the step of the scale
@@ -22,6 +22,11 @@ Candidate = tuple[int, int]  # which options of the row, and the step of the sca
 def ratio(step: int) -> float:
     """The norm of the merged adapter in units of the mean norm of its parts."""
     return 2 ** (step / 2)
+
+
+def rule(count: int) -> int:
+    """The step nearest to the rule without data for so many adapters."""
+    return min(round(np.log2(count)), RULE)
 
 
 @cache

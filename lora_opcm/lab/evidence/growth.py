@@ -1,0 +1,78 @@
+"""From two adapters to twenty: what one in their place keeps, and how long validation texts want it.
+
+Sets of small tasks are drawn, and the same sets are merged by every method. The knob of a method is where other tasks
+put it; the scale is chosen for every set anew.
+"""
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from ...files.shipped import data_dir
+from .choice import ratio, rule
+from .outcomes import Outcome, read
+from .tables import Evidence, interval
+
+FILE = "growth.xz"
+
+
+@cache
+def published() -> Evidence:
+    """The outcomes that ship with the package."""
+    return Evidence(*read(data_dir() / "results" / FILE))
+
+
+def sets(evidence: Evidence, label: str, rank: int | None = None) -> dict[int, list[Outcome]]:
+    """Number of adapters → the outcomes of a method, one for each set of so many."""
+    found: dict[int, list[Outcome]] = {}
+    for outcome in evidence.select("growth", label=label).get((label, rank), []):
+        found.setdefault(len(outcome.trial.tasks), []).append(outcome)
+    return dict(sorted(found.items()))
+
+
+def labels(evidence: Evidence, rank: int | None = None) -> list[str]:
+    """The methods whose sets are whole: those with as many as any other."""
+    counts = {name: len(each) for (name, r), each in evidence.select("growth").items() if r == rank}
+    merged = {name: count for name, count in counts.items() if name not in ("zero-shot", "own adapter")}
+    return [name for name, count in merged.items() if count == max(merged.values())]
+
+
+def curve(evidence: Evidence, label: str, rank: int | None = None) -> pd.DataFrame:
+    """A method against the number of adapters, one line a number.
+
+    Returns
+    -------
+    DataFrame
+        `sets`: how many were drawn; `gain`, `low`, `high`: recovered gain in per cent, mean over sets, with the 95 %
+        interval over validation texts, which choose again, and test texts; `least`, `most` over sets; `scale`,
+        `shortest`, `longest`: the norm that validation texts choose, in mean norms, the geometric mean over sets and
+        its ends; `lost`, `lost low`, `lost high`: how much less of the gain the rule without data keeps.
+    """
+    lines = {}
+    for count, outcomes in sets(evidence, label, rank).items():
+        each, step = {i: [o] for i, o in enumerate(outcomes)}, rule(count)
+        draws = np.stack([row.draws for row in evidence.rows(each).values()])
+        ruled = evidence.rows(each, lambda o, step=step: (o.picked[0][0], step))
+        lost = (draws - np.stack([row.draws for row in ruled.values()])).mean(0)
+        steps = [o.picked[0][1] for o in outcomes]
+        line = {"sets": len(outcomes), "gain": draws[:, 0].mean(), **_ends("", interval(draws.mean(0)))}
+        line |= {"least": draws[:, 0].min(), "most": draws[:, 0].max(), "scale": ratio(np.mean(steps))}
+        line |= {"shortest": ratio(min(steps)), "longest": ratio(max(steps)), "lost": lost[0]}
+        lines[count] = line | _ends("lost ", interval(lost))
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("adapters")
+
+
+def _ends(name: str, ends: tuple[float, float]) -> dict[str, float]:
+    return dict(zip((f"{name}low", f"{name}high"), ends, strict=True))
+
+
+def trend(evidence: Evidence, label: str, rank: int | None = None) -> tuple[float, float, float]:
+    """How much longer validation texts want the merge where adapters are twice as many: the factor, and its 95 %
+    interval. Least squares of the step of the scale on the logarithm of the number of adapters, over sets."""
+    outcomes = [o for each in sets(evidence, label, rank).values() for o in each]
+    x = np.log2([len(o.trial.tasks) for o in outcomes])
+    x = x - x.mean()
+    steps = np.array([[step for _, step in o.picked] for o in outcomes])
+    slopes = ratio((x @ steps) / (x @ x))
+    return float(slopes[0]), *interval(slopes)

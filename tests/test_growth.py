@@ -1,0 +1,113 @@
+"""From two adapters to twenty: curves are counted again from single texts."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lora_opcm.lab.evidence import growth, rows
+from lora_opcm.lab.evidence.choice import RULE, ratio, rule
+from lora_opcm.lab.evidence.outcomes import Outcome, Trial
+from lora_opcm.lab.evidence.run import BOUNDS
+from lora_opcm.lab.evidence.tables import Evidence
+
+NAMES = tuple("abcd")
+SIZE = 10  # texts of a task
+
+
+@pytest.fixture(scope="module")
+def run():
+    return growth.published()
+
+
+def share(right):
+    return np.arange(SIZE) < right
+
+
+def outcome(label, method, names, validation, test, **rest):
+    trial = Trial("growth", label, method, names, **rest)
+    return Outcome(trial, [1.0], 1.0, validation, test, {s: [SIZE] * len(names) for s in ("validation", "test")})
+
+
+def bound(label, method, rights):
+    bits = np.concatenate([share(r) for r in rights])
+    return outcome(label, method, NAMES, {(0, 0): bits}, {(0, 0): bits}, natural=True)
+
+
+def merged(names, best, rights):
+    """Validation is all right at one step and wrong beside it; test has so many right at each step."""
+    on = {step: np.full(SIZE * len(names), step == best) for step in rights}
+    test = {(0, step): np.tile(share(right), len(names)) for step, right in rights.items()}
+    return outcome("sum", "cat", names, {(0, step): bits for step, bits in on.items()}, test)
+
+
+@pytest.fixture
+def small():
+    """Bases are right on 2 of 10, own adapters on 10, 10, 6 and 6; two sets of two, one of four."""
+    made = [bound("zero-shot", "", [2] * 4), bound("own adapter", "own", [10, 10, 6, 6])]
+    made += [merged(("a", "b"), 1, {1: 8, 2: 4}), merged(("c", "d"), 3, {1: 4, 3: 5})]
+    return Evidence({}, [*made, merged(NAMES, 2, {2: 5, 3: 9})])
+
+
+def test_a_curve_is_a_mean_over_sets(small):
+    curve = growth.curve(small, "sum")
+    assert curve.index.tolist() == [2, 4] and curve.sets.tolist() == [2, 1]
+    # (8 − 2) of (10 − 2) and (5 − 2) of (6 − 2); (5 − 2) · 4 of 8 + 8 + 4 + 4
+    assert curve.gain.tolist() == pytest.approx([75, 50])
+    assert (curve.least[2], curve.most[2]) == (75, 75)
+    assert curve.scale.tolist() == pytest.approx([2, 2])  # √(√2 · 2√2), and the rule
+    assert (curve.shortest[2], curve.longest[2]) == pytest.approx((ratio(1), ratio(3)))
+    # of two the rule is step 1: as chosen, and (4 − 2) of 4 in place of 3 of 4
+    assert curve.lost.tolist() == pytest.approx([12.5, 0])
+    assert (curve.low <= curve.gain).all() and (curve.gain <= curve.high).all()
+
+
+def test_the_trend_is_a_line_through_all_sets(small):
+    slope = np.polyfit([1, 1, 2], [1, 3, 2], 1)[0]
+    by, low, high = growth.trend(small, "sum")
+    assert by == pytest.approx(2 ** (slope / 2)) and low <= by <= high
+
+
+def test_methods_that_lack_a_set_are_left_out(small):
+    more = [merged(("a", "b"), 1, {1: 8}), merged(("c", "d"), 1, {1: 8})]
+    others = [outcome("less", "tsv", o.trial.tasks, o.validation, o.test) for o in more]
+    assert growth.labels(Evidence({}, [*small.outcomes, *others])) == ["sum"]
+
+
+def test_the_rule_is_the_root_of_their_number_and_at_most_two():
+    assert [ratio(rule(count)) for count in (1, 2, 4, 8, 20)] == pytest.approx([1, 2**0.5, 2, 2, 2])
+    assert rule(3) == RULE and abs(ratio(rule(3)) - 3**0.5) < abs(ratio(1) - 3**0.5)
+
+
+def test_the_published_curve_is_whole(run):
+    trials = {o.trial for o in run.outcomes}
+    assert trials <= set(rows.growth(1)) and len(trials) == len(run.outcomes)
+    labels = growth.labels(run)
+    assert len(labels) == 6
+    for label in labels:
+        assert {count: len(each) for count, each in growth.sets(run, label).items()} == rows.SUBSETS, label
+    assert Counter(o.trial.method in BOUNDS for o in run.outcomes)[True] == 2
+    assert sum(run.about["devices"].values()) == len(run.outcomes)
+
+
+@pytest.mark.slow
+def test_published_gains_are_counted_from_single_texts(run):
+    zero, own = (next(o for o in run.outcomes if o.trial.method == m) for m in ("", "own"))
+
+    def right(outcome, at, names):
+        edges = np.cumsum([0, *outcome.sizes["test"]])
+        place = {task: slice(a, b) for task, a, b in zip(outcome.trial.tasks, edges, edges[1:])}
+        return np.mean([outcome.test[at][place[name]].mean() for name in names])
+
+    for label in growth.labels(run):
+        curve = growth.curve(run, label)
+        for count, outcomes in growth.sets(run, label).items():
+            found = []
+            for o in outcomes:
+                low, high = (right(x, (0, 0), o.trial.tasks) for x in (zero, own))
+                found.append(
+                    [(right(o, at, o.trial.tasks) - low) / (high - low) for at in (o.picked[0], (0, rule(count)))]
+                )
+            chosen, ruled = 100 * np.mean(found, 0)
+            assert curve.gain[count] == pytest.approx(chosen), (label, count)
+            assert curve.lost[count] == pytest.approx(chosen - ruled), (label, count)
