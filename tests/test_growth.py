@@ -52,13 +52,12 @@ def small():
 def test_a_curve_is_a_mean_over_sets(small):
     curve = growth.curve(small, "sum")
     assert curve.index.tolist() == [2, 4] and curve.sets.tolist() == [2, 1]
-    # (8 − 2) of (10 − 2) and (5 − 2) of (6 − 2); (5 − 2) · 4 of 8 + 8 + 4 + 4
-    assert curve.gain.tolist() == pytest.approx([75, 50])
-    assert (curve.least[2], curve.most[2]) == (75, 75)
+    # 8 − 2 of 10 − 2 and 5 − 2 of 6 − 2, twice each; 5 − 2 four times of 8 + 8 + 4 + 4
+    assert curve.gain.tolist() == pytest.approx([100 * 18 / 24, 50])
     assert curve.scale.tolist() == pytest.approx([2, 2])  # √(√2 · 2√2), and the rule
     assert (curve.shortest[2], curve.longest[2]) == pytest.approx((ratio(1), ratio(3)))
-    # of two the rule is step 1: as chosen, and (4 − 2) of 4 in place of 3 of 4
-    assert curve.lost.tolist() == pytest.approx([12.5, 0])
+    # of two the rule is step 1: as chosen, and 4 − 2 in place of 5 − 2
+    assert curve.lost.tolist() == pytest.approx([100 * 2 / 24, 0])
     assert (curve.low <= curve.gain).all() and (curve.gain <= curve.high).all()
 
 
@@ -85,7 +84,8 @@ def test_the_published_curve_is_whole(run):
     labels = growth.labels(run)
     assert len(labels) == 6
     for label in labels:
-        assert {count: len(each) for count, each in growth.sets(run, label).items()} == rows.SUBSETS, label
+        drawn = {count: len(each) for count, each in growth.sets(run, label).items()}
+        assert drawn == rows.SUBSETS, label
     assert Counter(o.trial.method in BOUNDS for o in run.outcomes)[True] == 2
     assert sum(run.about["devices"].values()) == len(run.outcomes)
 
@@ -105,9 +105,27 @@ def test_published_gains_are_counted_from_single_texts(run):
             found = []
             for o in outcomes:
                 low, high = (right(x, (0, 0), o.trial.tasks) for x in (zero, own))
-                found.append(
-                    [(right(o, at, o.trial.tasks) - low) / (high - low) for at in (o.picked[0], (0, rule(count)))]
-                )
-            chosen, ruled = 100 * np.mean(found, 0)
+                tuned, ruled = (right(o, at, o.trial.tasks) for at in (o.picked[0], (0, rule(count))))
+                found.append((tuned - low, ruled - low, high - low))
+            tuned, ruled, whole = np.mean(found, 0)
+            chosen, ruled = 100 * tuned / whole, 100 * ruled / whole
             assert curve.gain[count] == pytest.approx(chosen), (label, count)
             assert curve.lost[count] == pytest.approx(chosen - ruled), (label, count)
+
+
+@pytest.mark.slow
+def test_what_the_page_says_in_words_holds(run):
+    """Sentences without a number that other results would make false."""
+    curves = {label: growth.curve(run, label) for label in growth.labels(run)}
+    gains = {label: curve.gain for label, curve in curves.items()}
+    first, last = min(rows.SUBSETS), max(rows.SUBSETS)
+    assert all(gain[first] > 90 for gain in gains.values())  # two fit into one by any method
+    assert all(gain[first] > gain[8] > gain[last] for gain in gains.values())  # all lose
+    least = "task arithmetic"
+    assert all(min(gains, key=lambda label: gains[label][count]) == least for count in (8, 16, last))
+    assert max(gains, key=lambda label: gains[label][first] - gains[label][last]) == least  # plain addition most
+    trends = {label: growth.trend(run, label) for label in curves}
+    others = [trend for label, trend in trends.items() if label != least]
+    assert trends[least][1] < 1 < trends[least][2] < min(by for by, *_ in others)  # the same length
+    assert all(low > 1 and by < 2**0.5 for by, low, _ in others)  # a longer one
+    assert all(curve.scale[last] < last**0.5 for curve in curves.values())

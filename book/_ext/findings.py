@@ -12,7 +12,7 @@ import lora_opcm as lo
 from lora_opcm.files.shipped import results
 from lora_opcm.lab import travel
 from lora_opcm.lab.bases.shapes import build, linear_shapes
-from lora_opcm.lab.evidence import choice, rows, tables
+from lora_opcm.lab.evidence import choice, growth, rows, tables
 from lora_opcm.lab.evidence import predictors as measures
 from lora_opcm.lab.evidence.state import state_size
 from lora_opcm.lab.generation import tables as generation
@@ -37,6 +37,13 @@ def puzzle_run() -> generation.Run:
 def second() -> tables.Evidence:
     """The outcomes on the second encoder."""
     return travel.elsewhere()
+
+
+@cache
+def growth_curves() -> dict[str, pd.DataFrame]:
+    """Each method against the number of adapters, ranks as they come; best of all adapters first."""
+    found = {label: growth.curve(growth.published(), label) for label in growth.labels(growth.published())}
+    return dict(sorted(found.items(), key=lambda item: -item[1].gain.iloc[-1]))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The four panels of the paper, from data/results: readable in print, and without colour.
+"""The panels of the paper, from data/results: readable in print, and without colour.
 
 A method is told by its place, its symbol or its dash as well as by its colour. Every panel shows an interval, a null or
 the spread over orders.
@@ -77,7 +77,7 @@ def tasks() -> go.Figure:
     count = len(findings.run().outcomes[0].trial.tasks)
     figure = _grid(
         (f"encoder, {count} tasks", f"language model, {len(findings.puzzle_run().tasks)} puzzles"),
-        240,
+        205,
         horizontal_spacing=0.27,
     )
     _ends(figure, ends, ("two adapters", "all adapters"), 1)
@@ -93,10 +93,33 @@ def tasks() -> go.Figure:
     return _titled(figure, legend={"x": 0.5, "xanchor": "center", "y": 1.12}, margin={"t": 48})
 
 
+def growth() -> go.Figure:
+    """What is kept of two to twenty adapters, and how long validation texts want it."""
+    figure = _grid(("what is kept", "how long it should be"), 215, horizontal_spacing=0.1)
+    curves = findings.growth_curves()
+    counts = list(next(iter(curves.values())).index)
+    for i, (label, curve) in enumerate(curves.items()):
+        for column, names in ((1, ("gain", "low", "high")), (2, ("scale", "shortest", "longest"))):
+            figure.add_scatter(
+                x=[count * 1.018 ** (i - 2.5) for count in counts], y=curve[names[0]], mode="lines+markers", name=label,
+                showlegend=column == 1, row=1, col=column, error_y=_bar(*(curve[name] for name in names)),
+                line={"color": figures.colour(label), "dash": DASHES[i], "width": 1.5},
+                marker={"symbol": SYMBOLS[i], "size": 6},
+            )  # fmt: skip
+    grid = np.geomspace(counts[0], counts[-1], 41)
+    line = {"color": INK, "dash": "dot", "width": 1.2}
+    figure.add_scatter(x=grid, y=np.minimum(grid**0.5, 2), mode="lines", line=line, showlegend=False, row=1, col=2)
+    figure.update_xaxes(title="adapters in one", type="log", tickvals=counts, ticktext=counts)
+    figure.update_yaxes(title="recovered gain, %", row=1, col=1)
+    ticks = {"tickvals": [1, 2, 4, 8], "ticktext": ["1", "2", "4", "8"]}
+    figure.update_yaxes(title="norm, in mean norms", type="log", **ticks, row=1, col=2)
+    return _titled(figure, legend={"x": 0.5, "xanchor": "center", "y": 1.16, "entrywidth": 105}, margin={"t": 62})
+
+
 def overlap() -> go.Figure:
     """Subspaces overlap on the output side; the cosine of whole updates against chance."""
     found = findings.overlaps()
-    figure = _grid(("overlap of subspaces", "cosine of updates"), 250, horizontal_spacing=0.13)
+    figure = _grid(("overlap of subspaces", "cosine of updates"), 215, horizontal_spacing=0.13)
     for side, name, symbol, colour, shift in (
         ("left", "outputs", "circle", figures.BLUE, -0.12),
         ("right", "inputs", "diamond-open", figures.VERMILION, 0.12),
@@ -138,7 +161,7 @@ def efficiency() -> go.Figure:
         state = findings.state(rows[label, None])[0]
         two = tuple((r.value, *tables.interval(r.draws)) for r in (rows[label, None], rows[label, RANK]))
         ends[f"{label} ({short.get(state, state)})"] = two
-    figure = _grid((f"as it comes, and at rank {RANK}", "streams of bounded memory"), 280, horizontal_spacing=0.12)
+    figure = _grid((f"as it comes, and at rank {RANK}", "streams of bounded memory"), 255, horizontal_spacing=0.12)
     _ends(figure, ends, ("rank as it comes", f"rank {RANK}"), 1)
     figure.update_xaxes(title="recovered gain, %", row=1, col=1)
     caps = list(CAPS)
@@ -169,7 +192,7 @@ def efficiency() -> go.Figure:
 def ablations() -> go.Figure:
     """The scale, the threshold of OPCM, the power of a whitened sum: accuracy on validation texts."""
     figure = _grid(
-        ("scale", "α of OPCM", "power of whitened sums"), 300, horizontal_spacing=0.08, column_widths=[0.44, 0.28, 0.28]
+        ("scale", "α of OPCM", "power of whitened sums"), 265, horizontal_spacing=0.08, column_widths=[0.44, 0.28, 0.28]
     )
     curves = findings.scale_curves()
     for i, (label, curve) in enumerate(curves.items()):
@@ -211,4 +234,4 @@ def ablations() -> go.Figure:
     )
 
 
-PANELS = {"tasks": tasks, "overlap": overlap, "efficiency": efficiency, "ablations": ablations}
+PANELS = {"tasks": tasks, "growth": growth, "overlap": overlap, "efficiency": efficiency, "ablations": ablations}

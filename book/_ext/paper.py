@@ -9,13 +9,14 @@ from pathlib import Path
 
 import findings
 import numpy as np
+import pandas as pd
 from exhibits import CAPS, TABLES
 from latex import ascii_, between, cited, listed, plain, references, signed, told, word
 from scipy.stats import norm
 
 from lora_opcm.files.shipped import results
 from lora_opcm.lab import travel
-from lora_opcm.lab.evidence import tables
+from lora_opcm.lab.evidence import growth, tables
 from lora_opcm.lab.evidence.rows import RANK
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,25 @@ def of_protocol() -> dict[str, str]:
     }  # fmt: skip
 
 
+def of_growth() -> dict[str, str]:
+    """Two to twenty small tasks: what is kept, the length, the rule without data."""
+    run, curves, found = growth.published(), findings.growth_curves(), {}
+    for label, curve in curves.items():
+        by, *ends = growth.trend(run, label)
+        found[f"growth {label}/trend"] = plain(by, 2)
+        found[f"growth {label}/trend interval"] = between(*ends, lambda x: plain(x, 2))
+        found[f"growth {label}/of last"] = plain(curve.gain.iloc[-1])
+    ruled = pd.concat({label: curve.lost for label, curve in curves.items()})
+    last = next(iter(curves.values())).index[-1]
+    sizes = max(max(o.sizes["test"]) for o in run.outcomes)
+    return found | {
+        "growth last": word(int(last)), "growth texts": str(sizes), "growth best": told(next(iter(curves))),
+        "growth methods": word(len(curves)), "growth best/of last": plain(next(iter(curves.values())).gain.iloc[-1]),
+        "growth rule/worst": told(f"{ruled.idxmax()[0]} of {word(int(ruled.idxmax()[1]))}"),
+        "growth rule/most": plain(ruled.max()),
+    }  # fmt: skip
+
+
 def of_travel() -> dict[str, str]:
     """On other bases: agreement in the order of the methods, and in the length of the merged update."""
     bases, named = findings.bases(), {"MiniLM": "", "mpnet": "mpnet", "SmolLM2, exact": "puzzles"}
@@ -203,7 +223,16 @@ def of_travel() -> dict[str, str]:
 
 
 def values() -> dict[str, str]:
-    return of_rows() | of_travel() | of_scales() | of_streams() | of_puzzles() | of_overlaps() | of_protocol()
+    return (
+        of_rows()
+        | of_growth()
+        | of_travel()
+        | of_scales()
+        | of_streams()
+        | of_puzzles()
+        | of_overlaps()
+        | of_protocol()
+    )
 
 
 # -- all of it -----------------------------------------------------------------------------------------------
