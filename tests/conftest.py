@@ -115,6 +115,12 @@ def pytest_configure(config):
     config.stash[SITE_TALLY] = Counter()
 
 
+@pytest.hookimpl(trylast=True)  # after the order was drawn
+def pytest_collection_modifyitems(items):
+    """Long tests come first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     node.config.stash[SITE_TALLY].update(getattr(node, "workeroutput", {}).get("site", {}))
