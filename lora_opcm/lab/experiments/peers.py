@@ -51,19 +51,24 @@ def against_peers(size: int = 1024, rounds: int = 2) -> pd.DataFrame:
 Pair = tuple[str, Callable, str, Callable]  # what is ours and how to run it; what is theirs and how
 
 
-def _peft(layers: dict[str, list[LowRank]], ours: list[Adapter]) -> list[Pair]:
+def peft_model(layers: dict[str, list[LowRank]]):
+    """A model of these linear layers alone that carries their updates as adapters "0", "1", … of peft."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(layers))
     linear = (torch.nn.Linear(*reversed(parts[0].shape)) for parts in layers.values())
     model = get_peft_model(torch.nn.Sequential(*linear), config, "0")
-    names = [str(t) for t in range(COUNT)]
-    for t in names:
+    for t in map(str, range(COUNT)):
         if t != "0":
             model.add_adapter(t, config)
         for name, parts in layers.items():
             layer = model.base_model.model.get_submodule(name)
             layer.lora_A[t].weight.data, layer.lora_B[t].weight.data = parts[int(t)].right, parts[int(t)].left
+    return model
+
+
+def _peft(layers: dict[str, list[LowRank]], ours: list[Adapter]) -> list[Pair]:
+    model, names = peft_model(layers), [str(t) for t in range(COUNT)]
 
     def theirs(kind: str, **options) -> Callable:
         def way():
