@@ -1,7 +1,7 @@
 """adapters (task × seed) → experiment notebooks → result tables; `make book` makes the site from them.
 
     snakemake --cores all                            the quick profile: shipped adapters, few texts
-    snakemake --cores all --config profile=full      the published run: three seeds, trained where missing
+    snakemake --cores all --config profile=full      the tables of data/results: three seeds, trained where missing
     snakemake --cores all --config profile=rehearsal the notebooks of gpu on random checkpoints of a few kilobytes
     snakemake --profile profiles/slurm --config profile=gpu accelerate=profiles/accelerate/one.yaml
 

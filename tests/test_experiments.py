@@ -222,4 +222,4 @@ def test_every_cell_says_where_it_ran_or_that_it_did_not(status, tmp_path):
     assert {name for name in table.index} == {status.link(path.stem) for path in NOTEBOOKS}
     assert table.full[status.link("cost")].startswith("2026-01-02 03:04 UTC, ")
     assert table.gpu[status.link("classic")] == "not run" and table.full[status.link("classic")] == "–"
-    assert table.full[status.link("two_into_one")] == "date not recorded, machine not recorded"
+    assert table.full[status.link("overlap")] == "date not recorded, machine not recorded"

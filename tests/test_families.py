@@ -508,7 +508,7 @@ def wait_for(found, process, seconds=120):
 
 @pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_adapter(tiny, tmp_path):
-    options = ("--steps", 500, "--batch-size", 8, "--rank", 4)
+    options = ("--steps", 250, "--batch-size", 8, "--rank", 4)
     run = [sys.executable, *command(tiny, tmp_path / "killed", "gsm8k", "tiny-llama", *options)]
     cut = subprocess.Popen(run, env=environment(tmp_path / "cache"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     wait_for(lambda: list((tmp_path / "cache").glob("runs/*/checkpoint-*/trainer_state.json")), cut)

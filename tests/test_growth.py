@@ -119,7 +119,8 @@ def test_what_the_page_says_in_words_holds(run):
     curves = {label: growth.curve(run, label) for label in growth.labels(run)}
     gains = {label: curve.gain for label, curve in curves.items()}
     first, last = min(rows.SUBSETS), max(rows.SUBSETS)
-    assert all(gain[first] > 90 for gain in gains.values())  # two fit into one by any method
+    assert all(gain[first] > 90 for gain in gains.values())  # of two nine tenths by any method
+    assert max(gains, key=lambda label: gains[label][first]) == "task arithmetic"  # as good as any
     assert all(gain[first] > gain[8] > gain[last] for gain in gains.values())  # all lose
     least = "task arithmetic"
     assert all(min(gains, key=lambda label: gains[label][count]) == least for count in (8, 16, last))
@@ -127,5 +128,6 @@ def test_what_the_page_says_in_words_holds(run):
     trends = {label: growth.trend(run, label) for label in curves}
     others = [trend for label, trend in trends.items() if label != least]
     assert trends[least][1] < 1 < trends[least][2] < min(by for by, *_ in others)  # the same length
-    assert all(low > 1 and by < 2**0.5 for by, low, _ in others)  # a longer one
+    assert all(low > 1 for _, low, _ in others)  # a longer one
+    assert sum(low < 2**0.5 < high for _, low, high in others) > len(others) / 2  # for most not told apart from √2
     assert all(curve.scale[last] < last**0.5 for curve in curves.values())

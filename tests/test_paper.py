@@ -166,6 +166,7 @@ def test_what_the_paper_says_in_words_holds(paper):
     assert all(stream[cap]["within"] == stream[cap]["orders"] for cap in (32, 64))
     for rank in findings.RANKS:  # no merge of nine is ahead of the guess
         assert (findings.puzzles(rank)["over the commonest low"] <= 0).all()
+    assert (findings.puzzles(None)["over the commonest high"] < 0).mean() > 0.5  # and most are behind it
     small = tables.summary(findings.ranked(16), "OPCM").drop(
         "OPCM"
     )  # what is not told apart at the rank of one adapter

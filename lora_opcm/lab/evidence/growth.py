@@ -12,7 +12,7 @@ import pandas as pd
 from ...files.shipped import data_dir
 from .choice import ratio, rule
 from .outcomes import Outcome, read
-from .tables import Evidence, Row, interval
+from .tables import Evidence, interval
 
 FILE = "growth.xz"
 
@@ -52,18 +52,12 @@ def curve(evidence: Evidence, label: str, rank: int | None = None) -> pd.DataFra
     lines = {}
     for count, outcomes in sets(evidence, label, rank).items():
         step = rule(count)
-        tuned, ruled = (_gain(evidence.row(outcomes, at)) for at in (None, lambda o, k=step: (o.picked[0][0], k)))
+        tuned, ruled = (evidence.row(outcomes, at).pooled for at in (None, lambda o, k=step: (o.picked[0][0], k)))
         steps = [o.picked[0][1] for o in outcomes]
         line = {"sets": len(outcomes), "gain": tuned[0], **_ends("", tuned), "scale": ratio(np.mean(steps))}
         line |= {"shortest": ratio(min(steps)), "longest": ratio(max(steps))}
         lines[count] = line | {"lost": (tuned - ruled)[0], **_ends("lost ", tuned - ruled)}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("adapters")
-
-
-def _gain(row: Row) -> np.ndarray:
-    """Over sets as they are: they are of one training seed, and not drawn again."""
-    kept, whole = ((x - row.zero).mean((0, 2)) for x in (row.accuracy, row.own))
-    return 100 * kept / whole
 
 
 def _ends(name: str, draws: np.ndarray) -> dict[str, float]:

@@ -134,6 +134,15 @@ def pairs(seed: int) -> Iterator[Trial]:
         yield from (_row("pairs", label, **rest) for label in PAIR_ROWS)
 
 
+def two_into_one() -> Iterator[Trial]:
+    """All pairs of shipped adapters at the rank of one, by means of subspaces and by methods that add."""
+    rest = {"seed": 0, "recipe": "book"}
+    yield from bounds("two into one", tasks=tasks(), **rest)
+    for names in combinations(tasks(), 2):
+        for label in ("chordal mean", "quotient mean", "task arithmetic", "TSV", "OPCM", "whitened sum"):
+            yield _travelled(_row("two into one", label, tasks=names, rank=RANK, **rest))
+
+
 def growth(seed: int) -> Iterator[Trial]:
     """From 2 to 20 small tasks: how the best scale moves, at knobs of other tasks; a whole curve before the next."""
     rng = np.random.default_rng(0)
@@ -204,6 +213,7 @@ def published() -> list[Trial]:
         *robustness(1),
         *knobs(1),
         *bake_off(0, "book"),
+        *two_into_one(),
         *carried(2),
         *carried(3),
         *pairs(2),

@@ -94,6 +94,12 @@ class Row:
         return 100 * kept / whole
 
     @property
+    def pooled(self) -> np.ndarray:
+        """As `draws`, of outcomes that are not drawn again: sets of tasks of one seed, shape=[1 + resamples]."""
+        kept, whole = ((x - self.zero).mean((0, 2)) for x in (self.accuracy, self.own))
+        return 100 * kept / whole
+
+    @property
     def value(self) -> float:
         return float(self.draws[0])
 

@@ -36,13 +36,7 @@ def provenance(shown: pd.DataFrame, rows: pd.DataFrame, what: str) -> str:
             f"Tables and figures on this page are from this build's own run ({what});"
             " no published run is shown beside it."
         )
-    if not {"texts", "accuracy", "task"} & set(shown.columns):
-        return "Tables and figures on this page are from the published run that the log has; it classifies no text."
-    return (
-        "Tables and figures on this page are from an earlier published run, of protocol 1: where scales were chosen,"
-        " it was on a part of the validation texts, and a part of the test texts was classified. The bake-off and the"
-        " page on streams have all of them."
-    )
+    return "Tables and figures on this page are from the published run that the log has; it classifies no text."
 
 
 def comparison(rows: pd.DataFrame, metrics: Sequence[str] = ("accuracy", "recovered gain")) -> pd.DataFrame:

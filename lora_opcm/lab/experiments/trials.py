@@ -71,12 +71,6 @@ def over_seeds(runs: Sequence[dict[str, dict[str, np.ndarray]]]) -> dict[str, di
     return {m: {t: np.stack([run[m][t] for run in runs]) for t in runs[0][m]} for m in runs[0]}
 
 
-def recovered(correct: Mapping[str, np.ndarray], floor: Mapping, ceiling: Mapping) -> float:
-    """Recovered gain of one merged adapter: (acc − zero-shot)/(own − zero-shot), of averages over tasks."""
-    zero = mean_accuracy(floor)
-    return (mean_accuracy(correct) - zero) / (mean_accuracy(ceiling) - zero)
-
-
 def orders(count: int, length: int = 8, seed: int = 0) -> list[list[int]]:
     """Distinct orders of a stream: as listed, reversed, then random ones; fewer where there are no more."""
     rng = np.random.default_rng(seed)
