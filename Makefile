@@ -5,6 +5,7 @@ BIN := .venv/bin
 export LORA_OPCM_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE ?= $(if $(filter gpu,$(PROFILE)),0,1)# only that profile needs the hub
 export TOKENIZERS_PARALLELISM ?= false
+unexport PYTHONDONTWRITEBYTECODE# a module is compiled once, and not by each of a thousand processes
 export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that others use
 
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*' -not -path 'book/paper/*') _config.yml _toc.yml
