@@ -11,8 +11,9 @@ export OMP_WAIT_POLICY ?= PASSIVE# threads that wait must not spin on cores that
 PAGES := $(shell find book -type f -not -path '*/.ipynb_checkpoints/*' -not -path '*/__pycache__/*' -not -path 'book/paper/*') _config.yml _toc.yml
 EXECUTED := $(wildcard _build/quick/executed/*.ipynb _build/gpu/executed/*.ipynb)
 PROFILE ?= quick
-# A test waits for disk, browser or kernel half of its time; threads of linear algebra would spin on each other's cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+# A test waits for disk, browser or kernel a third of its time, so there is one process more than cores; threads of
+# linear algebra would spin on each other's cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadgroup
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
 .PHONY: book test quick mutants adapters experiments evidence publish bench gpu pdf figures paper cards release address lint clean help

@@ -127,6 +127,7 @@ rule notebook:
     log: f"{OUT}/logs/{{name}}.log", notebook=f"{OUT}/logs/{{name}}.ipynb"  # where it failed, cell by cell
     params: given=told
     message: "experiment {wildcards.name}"  # and no list of the inputs, which are all of the package
+    priority: lambda wildcards: wildcards.name == "bake_off"  # the longest
     threads: 1 if PROFILE == "quick" else workflow.cores  # small texts: side by side; a measured run has the machine to itself
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable} -m papermill --progress-bar --kernel python3 -y {params.given:q} {input.notebook} {log.notebook} 2>&1 | tee {log[0]}"

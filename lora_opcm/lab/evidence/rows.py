@@ -135,11 +135,11 @@ def pairs(seed: int) -> Iterator[Trial]:
 
 
 def two_into_one() -> Iterator[Trial]:
-    """All pairs of shipped adapters at the rank of one, by means of subspaces and by methods that add."""
+    """All pairs of shipped adapters at the rank of one, by means of subspaces and by sums."""
     rest = {"seed": 0, "recipe": "book"}
     yield from bounds("two into one", tasks=tasks(), **rest)
     for names in combinations(tasks(), 2):
-        for label in ("chordal mean", "quotient mean", "task arithmetic", "TSV", "OPCM", "whitened sum"):
+        for label in ("chordal mean", "quotient mean", "task arithmetic", "TSV"):
             yield _travelled(_row("two into one", label, tasks=names, rank=RANK, **rest))
 
 
