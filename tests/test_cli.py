@@ -408,6 +408,7 @@ def state_header(data, rng):
     return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
+@pytest.mark.slow
 def test_progress_is_for_terminals_and_for_what_takes_long(folder, monkeypatch):
     assert run(folder, "inspect", "a").stderr == ""
     shown = io.StringIO()
@@ -421,6 +422,7 @@ def test_progress_is_for_terminals_and_for_what_takes_long(folder, monkeypatch):
     assert "reading" in shown.getvalue() and "2/3" in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_state_is_told(folder):
     run(folder, "add", "s.safetensors", "a")
     with FileLock(folder / ".s.safetensors.lock", thread_local=False) as lock:

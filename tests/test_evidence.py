@@ -421,6 +421,7 @@ def test_the_run_is_of_distinct_trials_with_one_knob_each():
     assert all(len(row) == 1 for row in by_row.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["mpnet", "smollm2"])
 def test_what_travels_keeps_the_knob_of_the_first_base(base):
     found = rows.elsewhere(base, 2)

@@ -46,6 +46,7 @@ def jobs(done):
     }
 
 
+@pytest.mark.slow
 def test_full_profile_lists_every_adapter_and_every_notebook(checkout):
     assert jobs(snakemake(checkout, "--config", "profile=full")) == {
         "adapter": 16,
@@ -146,6 +147,7 @@ def test_only_real_runs_are_published(profile):
     assert done.returncode != 0 and f"the {profile} profile is no published run" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old, new, words",
     [

@@ -88,6 +88,7 @@ def test_updates_are_added_in_float32_to_a_model_in_bfloat16(llama, monkeypatch)
     assert torch.equal(module.weight, before)
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_labels(llama, tmp_path):
     protocol = Protocol(
         base=llama,

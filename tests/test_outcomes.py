@@ -228,6 +228,7 @@ print(len(result), seconds, grown)
 """
 
 
+@pytest.mark.slow
 def test_cost_is_of_the_call_alone():
     """40 MB that the call holds and 60 that it frees; 80 before it do not count. In a process of its own, whose threads
     hold nothing else."""

@@ -75,6 +75,7 @@ def test_the_interval_of_a_mean_over_tasks_is_that_of_independent_tasks():
         assert [middle - low, high - middle] == pytest.approx([1.96 * deviation] * 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_is_true_19_times_in_20():
     rng, inside, rounds = np.random.default_rng(3), np.zeros(2), 200
     truth = {"zero-shot": 0.4, "m": 0.65, "own adapter": 0.9}

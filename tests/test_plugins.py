@@ -167,6 +167,7 @@ assert load_named("own") == "a task"
         lo.load_adapter(tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_says_whose_it_is(python, tmp_path):
     (tmp_path / "site" / "mine.py").write_text("import nothing_of_this_name")
     script = "try: lo.methods()\nexcept ValueError as e: print(e)"

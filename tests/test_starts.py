@@ -34,6 +34,7 @@ def squares(deltas, merged):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_more_starts_are_never_higher(said, tmp_path):
     deltas, costs = [deltas_of(tmp_path / n) for n in NAMES], []
     for starts in (1, 2, 4, 6, 9):

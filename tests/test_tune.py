@@ -451,6 +451,7 @@ def test_mistakes_are_one_line_and_leave_nothing(odd, words, message):
     assert sorted(p.name for p in odd.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_a_missing_extra_is_named(desk):
     """In a process of its own: nothing that takes long is imported until it is needed."""
     code = "import sys, lora_opcm.command.app as app; assert 'torch' not in sys.modules"
