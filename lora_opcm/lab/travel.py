@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from ..files.shipped import data_dir
-from .evidence import outcomes, tables
+from .evidence import tables
 from .evidence.choice import RULE, ratio
 from .evidence.rows import AS_PUBLISHED
 from .evidence.tables import Evidence, interval
@@ -46,7 +45,7 @@ Base = Mapping[str, Landed]
 
 def elsewhere() -> Evidence:
     """The outcomes on mpnet."""
-    return Evidence(*outcomes.read(data_dir() / "results" / FILE))
+    return tables.published(FILE)
 
 
 def texts(evidence: Evidence, rank: int | None) -> dict[str, Landed]:

@@ -4,23 +4,20 @@ Sets of small tasks are drawn, and the same sets are merged by every method. The
 put it; the scale is chosen for every set anew.
 """
 
-from functools import cache
-
 import numpy as np
 import pandas as pd
 
-from ...files.shipped import data_dir
+from . import tables
 from .choice import ratio, rule
-from .outcomes import Outcome, read
+from .outcomes import Outcome
 from .tables import Evidence, interval
 
 FILE = "growth.xz"
 
 
-@cache
 def published() -> Evidence:
     """The outcomes that ship with the package."""
-    return Evidence(*read(data_dir() / "results" / FILE))
+    return tables.published(FILE)
 
 
 def sets(evidence: Evidence, label: str, rank: int | None = None) -> dict[int, list[Outcome]]:

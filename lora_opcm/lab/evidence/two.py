@@ -1,12 +1,9 @@
 """Two adapters at the rank of one: what is kept of every pair of tasks, by means of subspaces and by sums."""
 
-from functools import cache
-
 import numpy as np
 import pandas as pd
 
-from ...files.shipped import data_dir
-from .outcomes import read
+from . import tables
 from .tables import Evidence, Row, interval
 
 PART = "two into one"
@@ -14,10 +11,9 @@ FILE = "two_into_one.xz"
 RESAMPLES = 10_000  # of the tasks
 
 
-@cache
 def published() -> Evidence:
     """The outcomes that ship with the package."""
-    return Evidence(*read(data_dir() / "results" / FILE))
+    return tables.published(FILE)
 
 
 def methods(evidence: Evidence) -> dict[str, Row]:
