@@ -7,6 +7,7 @@ from latex import between, plain, signed, tabular, told, word
 from lora_opcm.lab.evidence import tables
 from lora_opcm.lab.evidence.rows import CAPS as ORDERS
 from lora_opcm.lab.evidence.rows import RANK
+from lora_opcm.lab.evidence.streams import STREAMS
 
 CAPS = tuple(ORDERS)
 CITED = {  # the sources of rows, where a table has room for them
@@ -62,10 +63,11 @@ def scale_table() -> str:
 def stream_table() -> str:
     lines = []
     for cap in CAPS:
-        for label in findings.STREAMS[::-1]:
-            line = findings.stream(label, cap)
-            difference = signed(line["minus"]), between(line["minus low"], line["minus high"], signed)
-            lines.append((str(cap), label, str(line["orders"]), plain(line["mean"]), plain(line["worst"]), *difference))
+        for label in STREAMS[::-1]:
+            line = findings.streamed().loc[label, cap]
+            difference = signed(line["minus"]), between(line["low"], line["high"], signed)
+            orders = rf"{line.orders:.0f} $\times$ {line.seeds:.0f}"
+            lines.append((str(cap), label, orders, plain(line["mean"]), plain(line["worst"]), *difference))
         lines[-1] = (*lines[-1][:-1], lines[-1][-1] + (r" \\ \addlinespace[2pt]" if cap < CAPS[-1] else ""))
     text = tabular("rlrrrrl", ("kept", "method", "orders", "mean", "worst", "minus best", "interval"), lines)
     return text.replace(r"\addlinespace[2pt] \\", r"\addlinespace[2pt]")

@@ -12,12 +12,11 @@ import lora_opcm as lo
 from lora_opcm.files.shipped import results
 from lora_opcm.lab import travel
 from lora_opcm.lab.bases.shapes import build, linear_shapes
-from lora_opcm.lab.evidence import choice, growth, rows, tables
+from lora_opcm.lab.evidence import choice, growth, rows, streams, tables
 from lora_opcm.lab.evidence import predictors as measures
 from lora_opcm.lab.evidence.state import state_size
 from lora_opcm.lab.generation import tables as generation
 
-STREAMS = ("running sum", "OPCM", "output whitening", "whitened sum", "sequential whitening")
 MAIN = ("task arithmetic", "TIES", "Iso-C", "OPCM", "TSV", "sequential whitening", "whitened sum")
 STEPS = {0: "1", 1: "√2", 2: "2", 3: "2√2"}  # scales that need no data, in mean norms
 RANKS = (None, rows.RANK)
@@ -89,26 +88,9 @@ def ranked(rank: int | None) -> dict[str, tables.Row]:
 
 
 @cache
-def lead(cap: int) -> tuple[str, tables.Row]:
-    """With all adapters at hand, cut to the rank: the method that test texts like best; training seed 1."""
-    seed = run().seeds[0]
-    found = {label: each for (label, r), each in run().select("bake_off", [seed]).items() if r == cap}
-    found |= {label: each for (label, r), each in run().select("joint", [seed]).items() if r == cap}
-    return max(((label, run().row(each)) for label, each in found.items()), key=lambda pair: pair[1].value)
-
-
-@cache
-def stream(label: str, cap: int) -> dict[str, float]:
-    """A stream over its orders, against the best with all at hand: training seed 1."""
-    each = [run().row([o]) for o in run().select("stream", [run().seeds[0]])[label, cap]]
-    values, reference = np.array([row.value for row in each]), lead(cap)[1]
-    difference = np.mean([row.draws for row in each], 0) - reference.draws
-    low, high = tables.interval(difference)
-    return {
-        "mean": values.mean(), "worst": values.min(), "best": values.max(), "orders": len(values),
-        "minus": difference[0], "minus low": low, "minus high": high,
-        "within": int((values > reference.value - tables.MARGIN).sum()),
-    }  # fmt: skip
+def streamed() -> pd.DataFrame:
+    """Every stream and cap over its orders, see `streams.table`."""
+    return streams.table(run())
 
 
 @cache
@@ -179,23 +161,6 @@ def predictors() -> dict[str, tuple[float, float, float]]:
     """Spearman's ρ of each measure of overlap with what a pair loses when added, and its interval over tasks."""
     lost = measures.losses("sum, scale 1")
     return {name: measures.correlation(measure, lost) for name, measure in measures.published().items()}
-
-
-@cache
-def spread(label: str, cap: int) -> tuple[float, float]:
-    """Standard deviation of the gain over orders: as it is, and with the noise of the test texts taken out."""
-    draws = np.stack([run().row([o]).draws for o in run().select("stream", [run().seeds[0]])[label, cap]])
-    inner = draws - draws.mean(0)
-    noise = (inner[:, 1:] - inner[:, :1]).var(1).mean()
-    return float(inner[:, 0].std(ddof=1)), max(0.0, float(inner[:, 0].var(ddof=1) - noise)) ** 0.5
-
-
-def carried(seed: int) -> tuple[list[float], float]:
-    """Sequential whitening on adapters of another seed, at a scale it did not choose: gains of its orders, and that of
-    the best method at that rank with all adapters at hand and its scale chosen."""
-    kept = [run().row([o]).value for each in run().select("stream", [seed]).values() for o in each]
-    whole = run().select("bake_off", [seed])
-    return kept, max(run().row(each).value for (_, rank), each in whole.items() if rank == rows.RANK)
 
 
 @cache

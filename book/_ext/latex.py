@@ -14,8 +14,8 @@ def plain(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}".replace("-", "$-$")
 
 
-def signed(value: float) -> str:
-    return f"${value:+.1f}$" if round(value, 1) else "0.0"
+def signed(value: float, digits: int = 1) -> str:
+    return f"${value:+.{digits}f}$" if round(value, digits) else plain(0, digits)
 
 
 def between(low: float, high: float, say=plain) -> str:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.stats import halfnorm
 
-from lora_opcm.lab.evidence import choice, tables
+from lora_opcm.lab.evidence import choice, streams, tables
 from lora_opcm.lab.evidence.rows import CAPS, RANK
 from lora_opcm.site import figures
 
@@ -165,8 +165,8 @@ def efficiency() -> go.Figure:
     _ends(figure, ends, ("rank as it comes", f"rank {RANK}"), 1)
     figure.update_xaxes(title="recovered gain, %", row=1, col=1)
     caps = list(CAPS)
-    for i, label in enumerate(findings.STREAMS):
-        lines = [findings.stream(label, cap) for cap in caps]
+    for i, label in enumerate(streams.STREAMS):
+        lines = [findings.streamed().loc[label, cap] for cap in caps]
         x = [j + (i - 2) * 0.13 for j in range(len(caps))]
         values = [line["mean"] for line in lines]
         figure.add_scatter(
@@ -175,8 +175,9 @@ def efficiency() -> go.Figure:
             error_y=_bar(values, [line["worst"] for line in lines], [line["best"] for line in lines]),
         )  # fmt: skip
     for j, cap in enumerate(caps):
+        reference = streams.reference(findings.run(), cap)
         figure.add_shape(
-            type="line", x0=j - 0.42, x1=j + 0.42, y0=findings.lead(cap)[1].value, y1=findings.lead(cap)[1].value,
+            type="line", x0=j - 0.42, x1=j + 0.42, y0=reference, y1=reference,
             line={"dash": "dot", "color": INK, "width": 1.5}, row=1, col=2,
         )  # fmt: skip
     figure.update_xaxes(title="directions kept", tickvals=list(range(len(caps))), ticktext=caps, row=1, col=2)

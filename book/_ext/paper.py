@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from lora_opcm.files.shipped import results
 from lora_opcm.lab import travel
-from lora_opcm.lab.evidence import growth, tables
+from lora_opcm.lab.evidence import growth, streams, tables
 from lora_opcm.lab.evidence.rows import RANK
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,12 @@ def of_rows() -> dict[str, str]:
     return found | {f"{label}/lost to the cut": plain(value) for label, value in lost.items()}
 
 
+def of_joint() -> dict[str, str]:
+    """One adapter that was trained on all tasks together."""
+    (outcomes,) = findings.run().select("bake_off", label="one LoRA on all tasks").values()
+    return {"joint/gain": plain(findings.run().row(outcomes).value), "joint seeds": word(len(outcomes))}
+
+
 def of_scales() -> dict[str, str]:
     found = {}
     for label in findings.MAIN:
@@ -88,28 +94,21 @@ def of_scales() -> dict[str, str]:
 
 
 def of_streams() -> dict[str, str]:
-    first = findings.run().seeds[0]
-    found = {"first seed": str(first), "larger caps": listed(map(str, CAPS[1:]))}
+    run, found = findings.run(), {"larger caps": listed(map(str, CAPS[1:]))}
     for cap in CAPS:
-        label, row = findings.lead(cap)
-        found |= {f"lead {cap}": told(label), f"lead {cap}/gain": plain(row.value)}
-        for label in findings.STREAMS:
-            line, key = findings.stream(label, cap), f"stream {label} {cap}"
+        found |= {f"lead {cap}/gain": plain(streams.reference(run, cap))}
+        for label in streams.STREAMS:
+            line, key = findings.streamed().loc[label, cap], f"stream {label} {cap}"
             found |= {f"{key}/{name}": plain(line[name]) for name in ("mean", "worst", "best")}
             found |= {
-                f"{key}/minus": signed(line["minus"]), f"{key}/within": str(line["within"]),
-                f"{key}/minus interval": between(line["minus low"], line["minus high"], signed),
-                f"orders {cap}": word(line["orders"]),
+                f"{key}/minus": signed(line["minus"]), f"{key}/within": str(int(line["within"])),
+                f"{key}/minus interval": between(line["low"], line["high"], signed),
+                f"orders {cap}": word(int(line["orders"])), f"stream seeds {cap}": word(int(line["seeds"])),
+                f"all orders {cap}": word(int(line["orders"] * line["seeds"])),
             }  # fmt: skip
-    observed, real = findings.spread("sequential whitening", RANK)
+    observed, real = streams.spread(run, "sequential whitening", RANK)
     found |= {"spread": plain(observed), "spread without noise": plain(real), "margin": word(int(tables.MARGIN))}
-    for seed in findings.run().seeds[1:]:
-        kept, best = findings.carried(seed)
-        found |= {
-            f"carried {seed}/mean": plain(np.mean(kept)), f"carried {seed}/worst": plain(min(kept)),
-            f"carried {seed}/best at hand": plain(best), "carried orders": word(len(kept)),
-        }  # fmt: skip
-    capped = findings.run().row(findings.run().select("stream", [first])["sequential whitening", RANK][:1])
+    capped = streams.orders(run)["sequential whitening", RANK, run.seeds[0]][0]
     for name, row in (("one adapter", capped), ("three sums", findings.ranked(None)["whitened sum"])):
         found[f"{name}/MB"] = plain(findings.state(row)[1] / 1e6)
     return found
@@ -203,14 +202,16 @@ def of_growth() -> dict[str, str]:
 
 def of_travel() -> dict[str, str]:
     """On other bases: agreement in the order of the methods, and in the length of the merged update."""
-    bases, named = findings.bases(), {"MiniLM": "", "mpnet": "mpnet", "SmolLM2, exact": "puzzles"}
+    bases, named = findings.bases(), {"mpnet": "mpnet", "SmolLM2, exact": "puzzles", "SmolLM2, texts": "smol"}
     labels, found = travel.common(bases), {}
     for row in travel.agreement(bases).itertuples():
         if row.one == "MiniLM" and row.other in named:
             found |= {f"{named[row.other]} order/rho": plain(row.value, 2)}
             found |= {f"{named[row.other]} order/interval": between(row.low, row.high, lambda x: plain(x, 2))}
-    lengths, mine = travel.lengths(bases), {name: bases[name] for name in ("MiniLM", "mpnet")}
-    rule = travel.ruled(mine).set_index(["base", "method"]).value["mpnet"]
+    lengths, rules = travel.lengths(bases), travel.ruled(bases).set_index(["base", "method"]).value
+    rule, smol = rules["mpnet"], bases["SmolLM2, texts"]
+    apart = travel.agreement(bases).set_index(["one", "other"]).loc["SmolLM2, texts", "SmolLM2, likelihood"]
+    first = max(labels, key=lambda label: smol[label].gain[0])
     sizes = findings.second().bake_off["TSV", None].outcomes[0].sizes["test"]
     found |= {f"mpnet {label}/gain": plain(bases["mpnet"][label].gain[0]) for label in labels}
     return found | {
@@ -219,12 +220,19 @@ def of_travel() -> dict[str, str]:
         "ahead everywhere": listed(travel.ahead_everywhere(bases)),
         "puzzles shorter": word(int((lengths["SmolLM2, likelihood"] < lengths["MiniLM"]).sum())),
         "mpnet rule/worst": told(rule.idxmax()), "mpnet rule/most": plain(rule.max()),
+        "smol best": told(first), "smol best/gain": plain(smol[first].gain[0]),
+        "smol task arithmetic/gain": plain(smol[travel.PLAIN].gain[0]),
+        "smol rule/most": plain(rules["SmolLM2, texts"][["TSV", "sequential whitening", "whitened sum", "OPCM"]].max()),
+        "smol same": word(int((lengths["SmolLM2, texts"] == lengths["MiniLM"]).sum())).capitalize(),
+        "smol puzzles/rho": signed(apart.value, 2),
+        "smol puzzles/interval": between(apart.low, apart.high, lambda x: signed(x, 2)),
     }  # fmt: skip
 
 
 def values() -> dict[str, str]:
     return (
         of_rows()
+        | of_joint()
         | of_growth()
         | of_travel()
         | of_scales()

@@ -1,4 +1,4 @@
-"""The same methods on several bases, side by side: MiniLM and mpnet on the book's texts, SmolLM2 on puzzles.
+"""The same methods on several bases, side by side: all three on the book's texts, SmolLM2 on puzzles too.
 
 Gains are recovered gains in per cent with their resamples, shape=[1 + resamples]; the first is no resample.
 """
@@ -16,7 +16,6 @@ from .evidence.rows import AS_PUBLISHED
 from .evidence.tables import Evidence, interval
 from .generation import tables as generation
 
-FILE = "mpnet.xz"
 PLAIN = "task arithmetic"
 SAID = {"OPCM, α = 0.75": "OPCM", "whitened sum, p = 0.5": "whitened sum"}  # a row of puzzles → the row of texts
 
@@ -43,9 +42,9 @@ class Landed:
 Base = Mapping[str, Landed]
 
 
-def elsewhere() -> Evidence:
-    """The outcomes on mpnet."""
-    return tables.published(FILE)
+def elsewhere(base: str = "mpnet") -> Evidence:
+    """The outcomes of the text tasks on another base than MiniLM, by its name in `embedded`."""
+    return tables.published(f"{base}.xz")
 
 
 def texts(evidence: Evidence, rank: int | None) -> dict[str, Landed]:
@@ -82,11 +81,12 @@ def _validated(run: generation.Run, row: generation.Merge, metric: str) -> np.nd
 
 
 def bases(rank: int | None = None) -> dict[str, Base]:
-    """Base → its rows: of SmolLM2 by log likelihood first, then by exact match."""
+    """Base → its rows: of SmolLM2 on texts, then on puzzles by log likelihood and by exact match."""
     run = generation.Run()
     return {
         "MiniLM": texts(tables.published(), rank),
-        "mpnet": texts(elsewhere(), rank),
+        "mpnet": texts(elsewhere("mpnet"), rank),
+        "SmolLM2, texts": texts(elsewhere("smollm2"), rank),
         "SmolLM2, likelihood": puzzles(run, rank, "likelihood"),
         "SmolLM2, exact": puzzles(run, rank, "right"),
     }

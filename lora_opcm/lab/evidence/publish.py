@@ -10,27 +10,31 @@ import typer
 
 from ... import __version__
 from ..tasks import load_task
-from .outcomes import read_lines, write
+from .outcomes import Outcome, read, read_lines, write
 from .tables import FILE
 
 PROTOCOL = 2
 
 
 def main(
-    files: Annotated[list[Path], typer.Argument(help="outcomes.jsonl; of a trial in several, the first counts")],
+    files: Annotated[
+        list[Path], typer.Argument(help="outcomes.jsonl, or a published file; of a trial, the first counts")
+    ],
     to: Annotated[Path, typer.Option(help="the file to write")] = Path("data/results", FILE),
     commit: Annotated[str, typer.Option(help="that ran; the present one unless given")] = "",
 ):
-    """Write one compressed file of all outcomes."""
-    found = {}
-    for file in files:
-        for outcome in read_lines(file):
-            found.setdefault(outcome.trial.key, outcome)
+    """Write one compressed file of all outcomes, each with the commit that it came of."""
     commit = commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found: dict[str, Outcome] = {}
+    for file in files:
+        before, outcomes = read(file) if file.suffix == ".xz" else ({"commit": commit}, read_lines(file))
+        for outcome in outcomes:
+            outcome.about.setdefault("commit", before.get("commit"))
+            found.setdefault(outcome.trial.key, outcome)
     names = dict.fromkeys(task for outcome in found.values() for task in outcome.trial.tasks)
     about = {
         "protocol": PROTOCOL,
-        "commit": commit,
+        "commits": Counter(outcome.about["commit"] for outcome in found.values()),
         "version": __version__,
         "date": date.today().isoformat(),
         "devices": Counter(outcome.about.get("device", "") for outcome in found.values()),

@@ -252,6 +252,7 @@ def main(
     base: Annotated[
         str, typer.Option(help="minilm; or mpnet, an encoder, or smollm2, a language model: main rows")
     ] = MINILM,
+    seed: Annotated[list[int] | None, typer.Option(help="of training; all, or 1 on another base, unless given")] = None,
     train: Annotated[bool, typer.Option(help="train the adapters that are missing")] = True,
     workers: Annotated[int, typer.Option(help="processes that merge, and that train on a GPU; 0: one a core")] = 0,
     seconds: Annotated[float, typer.Option(help="when to stop; what is done by then is kept")] = float("inf"),
@@ -260,7 +261,8 @@ def main(
     """Run all trials of the published run on a base that are not in FOLDER/outcomes.jsonl yet."""
     deadline, begun = time.monotonic() + seconds, time.monotonic()
     workers = workers or multiprocessing.cpu_count()
-    trials = [t for t in (rows.published() if base == MINILM else rows.elsewhere(base)) if not part or t.part in part]
+    trials = rows.published() if base == MINILM else [t for s in seed or [1] for t in rows.elsewhere(base, s)]
+    trials = [t for t in trials if (not part or t.part in part) and (not seed or t.seed in seed)]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "outcomes.jsonl"
     cut(file)

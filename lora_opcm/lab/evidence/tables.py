@@ -5,7 +5,6 @@ test texts are drawn again inside each task, training seeds too, and validation 
 every array is no resample.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +135,17 @@ class Evidence:
 
     about: dict
     outcomes: list[Outcome]
+
+    @property
+    def commits(self) -> str:
+        """What ran, one commit or several, in seven digits each."""
+        return ", ".join(c[:7] for c in self.about.get("commits") or [self.about["commit"]])
+
+    @property
+    def source(self) -> str:
+        """By what protocol, when, by which code and where, as a page says it."""
+        where = ", ".join(f"{n} trials on {d or 'a machine not recorded'}" for d, n in self.about["devices"].items())
+        return f"protocol {self.about['protocol']}, {self.about['date']}, code `{self.commits}`, {where}"
 
     @cached_property
     def _bounds(self) -> dict[tuple, tuple[Outcome, int]]:
@@ -288,15 +298,3 @@ def told(options: dict) -> str:
     fixed = ("sides", "variant", "gauge", "cap", "scale")
     shown = {k: v for k, v in options.items() if k not in fixed and v is not None}
     return ", ".join(f"{words.get(k, k)} {v:g}" for k, v in shown.items()) or "–"
-
-
-def same(outcome: Outcome, other: Outcome, split: str = "test") -> float:
-    """The share of texts that two runs of one trial agree on, over the candidates both tried."""
-    both = [c for c in getattr(outcome, split) if c in getattr(other, split)]
-    return float(np.mean([(getattr(outcome, split)[c] == getattr(other, split)[c]).mean() for c in both]))
-
-
-def find(evidence: Evidence, trial: Trial) -> Outcome | None:
-    """The published outcome of a trial."""
-    key = json.loads(trial.key)
-    return next((o for o in evidence.outcomes if json.loads(o.trial.key) == key), None)
