@@ -57,7 +57,7 @@ def _results(pool: ThreadPoolExecutor, function: Callable, items: list, threads:
         while i not in done:
             begun = list(islice(left, max(0, side_by_side - len(running))))
             if known and side_by_side == 1 and not running:
-                found = map(timed, begun)
+                found: Iterator[tuple] = map(timed, begun)
             else:
                 running |= {pool.submit(timed, at) for at in begun}
                 ready, running = wait(running, None if side_by_side == threads else WORTH, FIRST_COMPLETED)

@@ -439,7 +439,7 @@ def test_what_travels_keeps_the_knob_of_the_first_base(base):
     known, seen = published().bake_off, set()
     for trial in found[:-84]:
         mine = known[trial.label, None]
-        picked = sorted(o.picked[0][0] for o in mine.outcomes)[1]
+        picked = sorted(o.picked[0][0] for o in mine.outcomes[:3])[1]  # of seeds 1 to 3
         assert trial.method == mine.outcomes[0].trial.method, trial.label
         assert trial.options[0] == mine.outcomes[0].trial.options[picked], trial.label
         seen.add((trial.label, trial.rank))
