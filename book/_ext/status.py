@@ -116,7 +116,8 @@ def log(runs: pd.DataFrame) -> str:
             wrote = ROOT / "data" / "results" / f"{row.experiment}.csv"
             table = pd.read_csv(wrote, usecols=["profile"]) if wrote.exists() else None
             shown = table is not None and row.profile == table.profile[0]
-            table = f"; `{wrote.name}`, {len(table)} rows" if shown else "; no published table"
+            said = "" if row.parameters.startswith("protocol 2") else "; no published table"  # but outcomes of texts
+            table = f"; `{wrote.name}`, {len(table)} rows" if shown else said
             settings = f": {row.parameters}" if row.parameters else ""
             lines.append(
                 f"- {link(row.experiment)}, profile `{row.profile}`, version {row.version}{took}{settings}{table}."
