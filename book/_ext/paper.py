@@ -58,7 +58,11 @@ def of_rows() -> dict[str, str]:
 def of_joint() -> dict[str, str]:
     """One adapter that was trained on all tasks together."""
     (outcomes,) = findings.run().select("bake_off", label="one LoRA on all tasks").values()
-    return {"joint/gain": plain(findings.run().row(outcomes).value), "joint seeds": word(len(outcomes))}
+    row = findings.run().row(outcomes)
+    return {
+        "joint/gain": plain(row.value), "joint/interval": between(*tables.interval(row.draws)),
+        "joint seeds": word(len(outcomes)),
+    }  # fmt: skip
 
 
 def of_scales() -> dict[str, str]:
@@ -85,6 +89,11 @@ def of_scales() -> dict[str, str]:
     found["scale range"] = plain(np.median([max(c) - min(c) for c in curved]))
     few = findings.few_texts()
     found |= {"few texts": str(int(few.texts)), "few/lost": plain(few.lost), "few/worst": plain(few.worst)}
+    swept = {
+        each[0].trial.options[0]["alpha"]: findings.run().row(each) for each in findings.run().select("alpha").values()
+    }
+    for name, alpha in (("nought", 0.0), ("one", 1.0)):
+        found[f"alpha {name}/lost"] = plain(swept[0.75].value - swept[alpha].value)
     for name, frames in (("alpha", findings.knob("OPCM", "alpha")), ("power", findings.powers())):
         for rank, frame in frames.items():
             means = frame.mean()
