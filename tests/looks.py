@@ -48,6 +48,19 @@ def typeset(page):
     return page.locator("mjx-merror, [data-mjx-error]").all_text_contents()
 
 
+def unset_formulas(page):
+    """Text with a dollar sign outside code: a formula that Markdown did not take for one."""
+    return page.evaluate("""() => {
+        const found = [], text = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (text.nextNode()) {
+            const node = text.currentNode;
+            if (node.data.includes("$") && !node.parentElement.closest("code, pre, script, style, svg, .math"))
+                found.push(node.data.trim());
+        }
+        return found;
+    }""")
+
+
 def cut_formulas(page):
     """Displayed formulas that do not open at their left end, and formulas in lines that their lines cut."""
     return page.evaluate(CUT_FORMULAS) + page.evaluate(CUT_IN_LINES)

@@ -65,6 +65,7 @@ def test_page_on_a_phone(name, context, server, tally):
 def _formulas_and_tables(page, tally):
     """Formulas are set, and nothing of them is cut; a table that is wider than its column shows that it is."""
     assert looks.typeset(page) == []
+    assert looks.unset_formulas(page) == []
     assert looks.cut_formulas(page) == []
     tables = looks.tables(page)
     tally.update(formulas=page.locator(".math").count(), tables=len(tables))
