@@ -33,11 +33,8 @@ def parallel_map(function: Callable, items: Iterable, progress: Progress | None 
         if threads == 1:
             return list(watch(map(function, items)))
         # OpenMP keeps its number of threads per thread: each worker must be told.
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(watch(_results(pool, function, items, threads)))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, not all that is left
     finally:
         torch.set_num_threads(threads)
 

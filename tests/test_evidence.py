@@ -223,6 +223,9 @@ def test_published_outcomes_count_once_and_say_of_what_texts_they_are(tmp_path):
     about, found = read(tmp_path / "both.xz")
     assert about["commits"] == {"abc": 2, "defghijk": 1} and Evidence(about, found).commits == "abc, defghij"
     assert [o.about.pop("commit") for o in found] == ["abc", "abc", "defghijk"]
+    old = write(tmp_path / "old.xz", made[:1], {"commit": "older"})
+    publish([old, tmp_path / "more"], tmp_path / "three.xz", "new")
+    assert read(tmp_path / "three.xz")[0]["commits"] == {"older": 1, "new": 1}  # from before each said so itself
     assert_same(found, [*made[:2], more])
 
 
