@@ -14,7 +14,7 @@ Progress = Callable[..., Iterable]
 
 # Seconds of work that keep one thread more at work. Python's lock goes from hand to hand between two calls into torch,
 # and threads of less work than this wait for it longer than they work: sixteen of them took a module of 18 ms to 53.
-WORTH = 5e-3
+WORTH = 8e-3
 
 
 @full_precision()
