@@ -153,6 +153,7 @@ def test_functions_named_on_the_notation_page_exist():
             found = getattr(found, part, None)
 
 
+@pytest.mark.slow
 def test_published_table_is_complete():
     from lora_opcm.lab.evidence.tables import HEADLINE, headline, published
 
