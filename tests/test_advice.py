@@ -2,10 +2,15 @@
 false."""
 
 import pytest
+import torch
 
+import lora_opcm as lo
+from lora_opcm.files.shipped import results
 from lora_opcm.lab import travel
 from lora_opcm.lab.evidence import tables
 from lora_opcm.lab.evidence.choice import RULE, ratio
+from lora_opcm.lab.experiments.cost import counted
+from lora_opcm.lab.experiments.peers import updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("travel")]  # resamples of three runs, drawn once
 LEADERS = {"sequential whitening", "TSV", "whitened sum", "OPCM"}
@@ -71,3 +76,40 @@ def test_two_loras(run):
     for label in ("task arithmetic", "TIES", "TSV", "OPCM", "whitened sum"):
         at = [tables.at_step(run, pairs[label], step).value for step in range(4)]
         assert max(at) - min(at) > 9, label
+
+
+def test_the_threshold(run):
+    seven = {each[0].trial.options[0]["alpha"]: run.row(each) for each in run.select("alpha").values()}
+    less = {alpha: row.draws - seven[0.75].draws for alpha, row in seven.items()}
+    assert sorted(less) == [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1] and max(of[0] for of in less.values()) == 0  # best at 0.75
+    low, high = tables.interval(less[0.9])
+    assert low < 0 < high  # not told apart from it
+    assert all(tables.interval(less[alpha])[1] < 0 for alpha in (0, 0.1, 0.25, 0.5, 1))
+    assert less[0][0] < -5 and -5 < less[1][0] < -2  # nearly nothing, or everything, costs more
+
+
+def test_the_rank(run):
+    for label in ("TSV", "whitened sum", "sequential whitening", "output whitening"):
+        cut, more, four, whole = (
+            run.row(run.select(part, (1, 4))[label, rank])
+            for part, rank in (("bake_off", 16), ("joint", 32), ("joint", 64), ("bake_off", None))
+        )
+        low, high = tables.interval(whole.draws - four.draws)
+        assert low < 0 < high  # at four times the rank not told from the whole
+        lost = whole.value - cut.value
+        assert (more.value - cut.value > lost / 2) == (label in ("whitened sum", "sequential whitening")), label
+        assert four.value - cut.value > lost / 2
+    found = {label: run.row(each) for (label, _), each in run.select("robustness", recipe="rank 4").items()}
+    for label in set(found) - {"zero-shot", "own adapter"}:  # not told apart from those of rank 16
+        low, high = tables.interval(found[label].draws - run.row(run.select("bake_off", (4,))[label, None]).draws)
+        assert low < 0 < high, label
+    assert len(found) == 8
+
+
+def test_the_card():
+    """Neither a card nor the cores beside it were as fast as one core elsewhere; a module is many short calls."""
+    ran = results("card").set_index("what").value
+    assert 0.9 < ran["processor / card"] < 1.1
+    assert ran["32 modules on the card"] / 32 > 2 * ran["one thread elsewhere"] / 16
+    adapters = [lo.Adapter({"w": u.to(torch.float16)}) for u in updates(512, 512)]
+    assert 700 < counted(lambda: lo.merge(adapters, "opcm", rank=16))["torch calls"] < 950  # some eight hundred

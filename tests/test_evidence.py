@@ -628,7 +628,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(bench, tmp_path, monkeypa
     trials += [replace(ordered("abc"), seed=2), *(ordered(o) for o in ("cab", "bca")), ordered("cba", seed=2)]
     monkeypatch.setattr(rows, "published", lambda: [*trials, Trial("other", "x", "cat", NAMES)])
 
-    def go(folder, left):
+    def go(folder, left, seed=None):
         benches = []
 
         def make(names, limit, base):
@@ -637,12 +637,15 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(bench, tmp_path, monkeypa
             return benches[0]
 
         monkeypatch.setattr(run, "Bench", make)
-        run.main(folder, part=["stream"], train=False, workers=1, seconds=20, limit=0)
+        run.main(folder, part=["stream"], seed=seed, train=False, workers=1, seconds=20, limit=0)
         return benches[0]
 
     go(tmp_path / "whole", float("inf"))
     expected = lines(tmp_path / "whole" / "outcomes.jsonl")
     assert len(expected) == len(trials)
+    go(tmp_path / "second", float("inf"), [2])
+    found = [o.trial for o in read_lines(tmp_path / "second" / "outcomes.jsonl")]
+    assert sorted(map(hash, found)) == sorted(hash(t) for t in trials if t.seed == 2) and len(found) == 2
     for left in (0, 1, 3, 4):
         folder = tmp_path / str(left)
         with pytest.raises(KeyboardInterrupt):

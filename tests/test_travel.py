@@ -105,6 +105,9 @@ def test_what_the_page_says_in_words_holds(found):
     table = travel.agreement(found).set_index(["one", "other"])
     one = table.loc[("SmolLM2, texts", "SmolLM2, likelihood")]  # says nothing about its order on puzzles
     assert abs(one.value) < 0.1 and one.low < 0 < one.high < 0.2
+    others = [label for label in travel.common(found) if label != travel.PLAIN]
+    encoders = ([found[name][label].gain[0] for label in others] for name in ("MiniLM", "mpnet"))
+    assert abs(spearmanr(*encoders).statistic) < 0.25  # without plain addition hardly anything is left
     scales = travel.lengths(found)
     longer = scales["SmolLM2, texts"] / scales["MiniLM"]
     assert (longer >= 1).all() and list(longer.index[longer >= 2]) == ["Iso-C", "Iso-CTS"]  # flat spectra ask for twice

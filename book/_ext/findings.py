@@ -87,7 +87,6 @@ def ranked(rank: int | None) -> dict[str, tables.Row]:
     return {label: row for label, row in rows_.items() if label not in ("zero-shot", "own adapter")}
 
 
-@cache
 def streamed() -> pd.DataFrame:
     """Every stream and cap over its orders, see `streams.table`."""
     return streams.table(run())

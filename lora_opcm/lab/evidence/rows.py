@@ -64,9 +64,9 @@ MAIN = ("task arithmetic", "TIES", "TSV", "Iso-C", "OPCM", "whitened sum", "outp
 STREAMS: dict[str, tuple[str, tuple[dict, ...]]] = {
     "running sum": ("cat", ({},)),
     "OPCM": ("opcm", _knob("alpha", 0.5, 0.75)),
-    "sequential whitening": ("whitening", ({},)),
-    "whitened sum": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5)),
     "output whitening": ("whitened_sum", _knob("power", 0.0, 0.5, 1.0, sides="left")),
+    "whitened sum": ("whitened_sum", _knob("power", 0.0, 0.25, 0.5)),
+    "sequential whitening": ("whitening", ({},)),
 }
 CAPS = {16: 20, 32: 5, 64: 5}  # rank → orders tried
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -6,11 +6,11 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from . import tables
+from . import rows, tables
 from .rows import RANK
 from .tables import Evidence, Row, interval, seed_weights
 
-STREAMS = ("running sum", "OPCM", "output whitening", "whitened sum", "sequential whitening")
+STREAMS = tuple(rows.STREAMS)
 
 
 @cache
@@ -42,8 +42,8 @@ def seeds(evidence: Evidence, cap: int) -> list[int]:
 def at_hand(evidence: Evidence, cap: int, seed: int) -> tuple[str, Row]:
     """With all adapters at hand, cut to the rank: the method that the test texts themselves like best."""
     found = {**evidence.select("bake_off", [seed]), **evidence.select("joint", [seed])}
-    rows = {label: evidence.row(each) for (label, rank), each in found.items() if rank == cap}
-    return max(rows.items(), key=lambda item: item[1].value)
+    cut = {label: evidence.row(each) for (label, rank), each in found.items() if rank == cap}
+    return max(cut.items(), key=lambda item: item[1].value)
 
 
 def reference(evidence: Evidence, cap: int) -> float:
@@ -97,8 +97,5 @@ def carried(evidence: Evidence) -> dict[int, tuple[list[float], str, float]]:
     for each in found.values():
         for outcome in each:
             kept[outcome.trial.seed].append(evidence.row([outcome]).value)
-    return {seed: (gains, *_named(*at_hand(evidence, RANK, seed))) for seed, gains in sorted(kept.items())}
-
-
-def _named(label: str, row: Row) -> tuple[str, float]:
-    return label, row.value
+    best = {seed: at_hand(evidence, RANK, seed) for seed in sorted(kept)}
+    return {seed: (kept[seed], label, row.value) for seed, (label, row) in best.items()}
