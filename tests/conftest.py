@@ -156,15 +156,26 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+RESTS = """() => new Promise(done => {
+    let last = NaN, still = 0;
+    const look = () => {
+        still = scrollY === last ? still + 1 : 0;
+        last = scrollY;
+        still < 6 ? requestAnimationFrame(look) : done();
+    };
+    look();
+})"""
+
+
 def swipe(page, x, y, up=160):
-    """How far the page went after a finger went up."""
+    """How far the page went after a finger went up, once it has come to rest."""
     touch, before = page.context.new_cdp_session(page), page.evaluate("window.scrollY")
     touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
     for step in range(1, 9):
         point = {"x": x, "y": y - up * step / 8}
         touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.evaluate(RESTS)  # a page goes on for half a second after a finger, and a click meanwhile may miss
     return page.evaluate("window.scrollY") - before
 
 
