@@ -197,7 +197,7 @@ def rounded(update: LowRank, dtype: torch.dtype) -> LowRank:
         torch.equal(x.to(y.dtype), y) for x, y in ((new.left, update.left), (new.right, update.right))
     ):
         return new
-    sizes = [update.left.double().norm(dim=0), update.right.double().norm(dim=1)]
+    sizes = [torch.linalg.vector_norm(x, dim=0, dtype=torch.float64) for x in (update.left, update.right.mT)]
     shift = ((sizes[1] / sizes[0]).log2() / 2).round().nan_to_num(0, 0, 0)
     left, right = update.left.double() * 2**shift, update.right.double() * 2 ** -shift[:, None]
     return LowRank(left.to(dtype), right.to(dtype))

@@ -1,5 +1,6 @@
 """Precision: which directions are real, what rounding does, and products that no setting of torch can blur."""
 
+import math
 import threading
 import warnings
 from contextlib import contextmanager
@@ -26,43 +27,68 @@ def half(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
+class Uneven(Exception):
+    """Matrices of one batch that part ways: they do not have the same rank, say. Each may go on alone."""
+
+
 def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of `x` without the directions that are rounding noise for factors of `dtype`."""
-    if x.shape[0] > x.shape[1]:
+    """Thin SVD of x [..., p, q] without the directions that are rounding noise for factors of `dtype`.
+
+    Of several matrices, which must have one rank (`Uneven`), each has the bytes that it has among others.
+    """
+    if x.shape[-2] > x.shape[-1]:
         u, s, vh = nonzero_svd(x.mT, dtype)
         return vh.mT, s, u.mT
-    if dtype != torch.float64 and x.dtype == torch.float64 and x.shape[0] >= 16:
+    if dtype != torch.float64 and x.dtype == torch.float64 and x.shape[-2] >= 16:
         # Half the time of an SVD, and as good to 1e-8 where no singular value is below 1e-4 σ₁.
         values, u = torch.linalg.eigh(x @ x.mT)
-        if values[0] > 1e-8 * values[-1]:
-            u, s = u.flip(1), values.flip(0).sqrt()
-            return u, s, (u / s).mT @ x
+        if bool((values[..., 0] > 1e-8 * values[..., -1]).all()):
+            u, s = u.flip(-1), values.flip(-1).sqrt()
+            return u, s, (u / s[..., None, :]).mT @ x
+        if x.ndim > 2 and len(x) > 1:
+            found = [nonzero_svd(one[None], dtype) for one in x]
+            if len({s.shape for _, s, _ in found}) > 1:
+                raise Uneven
+            u, s, vh = (torch.cat(parts) for parts in zip(*found, strict=True))
+            return u, s, vh
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     k = nonzero(s, dtype)
-    return u[:, :k], s[:k], vh[:k]
+    return u[..., :k], s[..., :k], vh[..., :k, :]
 
 
 def nonzero(s: Tensor, dtype: torch.dtype) -> int:
-    """How many singular values (descending) are more than rounding noise for factors of `dtype`."""
-    return int((s > RTOL.get(dtype, RTOL_SINGLE) * s[:1]).sum())
+    """How many singular values (descending, [..., k]) are more than rounding noise for factors of `dtype`."""
+    return alike((s > RTOL.get(dtype, RTOL_SINGLE) * s[..., :1]).sum(-1))
+
+
+def alike(counts: Tensor) -> int:
+    """The one number that all of `counts` are; `Uneven` if they differ."""
+    first, *others = counts.flatten().tolist()
+    if any(x != first for x in others):
+        raise Uneven
+    return first
 
 
 def keep_rank(s: Tensor, rank: int | None = None, energy: float | None = None) -> int:
-    """How many of the singular values `s` (descending) to keep: at most `rank`, and no more than `energy` asks.
+    """How many singular values of `s`, [..., k] descending, to keep: at most `rank`, and no more than `energy` asks.
 
     Raises
     ------
     ValueError
         If rank is no integer of at least 1, or energy outside (0, 1].
+    Uneven
+        Of several spectra, if they keep different numbers, or there is something to warn of.
     """
     expect(Limit, rank=rank)
     expect(Energy, energy=energy)
-    k = len(s)
+    k = count = s.shape[-1]
     if energy is not None and k:
-        share = s.double().square().cumsum(0)
-        k = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
-    k = min(k, len(s), rank if rank is not None else k)
-    if 0 < k < len(s) and bool(s[k - 1] - s[k] <= TIE * s[0]):
+        share = s.double().square().cumsum(-1)
+        k = alike((share < energy * share[..., -1:] * (1 - 1e-12)).sum(-1)) + 1
+    k = min(k, count, rank if rank is not None else k)
+    if 0 < k < count and bool((s[..., k - 1] - s[..., k] <= TIE * s[..., 0]).any()):
+        if s.ndim > 1:
+            raise Uneven
         warnings.warn(
             "a cut falls between equal singular values: which directions stay is decided by rounding", stacklevel=2
         )
@@ -75,7 +101,7 @@ def finite(tensor: Tensor) -> bool:
     # small tensors that stay, leave holes in the heap as large as the file.
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    return all(math.isfinite(float(x)) for x in tensor.aminmax())
 
 
 def gram_matrix(x: Tensor, single: bool = False, width: int = 64) -> Tensor:

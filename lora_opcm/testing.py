@@ -26,6 +26,7 @@ def check_method(name: str, seed: int = 0, **options: Any) -> None:
 
     - a merge has the shapes and the dtype of its inputs, no more rank than asked for, and finite numbers;
     - the same inputs give the same bytes; half precision agrees with double to its rounding;
+    - a module is, to the byte, what it is beside others of its shape;
     - the order of the adapters changes the result if the table says so, and only then; so does the gauge;
     - a module that an adapter lacks counts as zero, and one that is zero everywhere stays zero;
     - a number for `scale` multiplies, "2norm" gives twice the mean norm of the inputs, before a cut;
@@ -63,6 +64,10 @@ def _claims(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[Claim]
     again = run(_adapters(seed))
     yield "same bytes", all(_equal(whole[n], again[n]) for n in SHAPES)
     yield from _precision(run, seed, whole)
+    if not method.data:
+        more = [a.with_modules(dict(a.items()) | {"another": a["square"] * -0.5}) for a in adapters]
+        alone, beside = run(adapters, scale=1.0, ragged=True), run(more, scale=1.0, ragged=True)
+        yield "a module beside others", all(_equal(alone[n], beside[n]) for n in SHAPES)
 
     order = [2, 0, 3, 1]
     moved = distance(run([adapters[i] for i in order], order), whole)

@@ -32,8 +32,8 @@ from cosmic_ray.plugins import get_operator
 ROOT, LIMIT = Path(__file__).resolve().parent.parent, 120  # seconds for the tests of one mutant
 # What the name of a file of the package begins with → the tests that are there to notice.
 TESTS = {
-    "merging/rules/": "golden joint references sums opcm methods lowrank starts",
-    "merging/core": "lowrank golden joint references scale", "merging/sketch": "sketch",
+    "merging/rules/": "golden joint references sums opcm methods lowrank starts batch",
+    "merging/core": "lowrank golden joint references scale", "merging/sketch": "sketch", "merging/batch": "batch scale",
     "merging/merge": "golden methods values_merge lowrank scale",
     "merging/method": "methods entry_points references lowrank", "merging/shards": "scale",
     "merging/remarks": "starts methods", "merging/plan": "plan_costs plan values_report lowrank",

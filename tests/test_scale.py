@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import RANK, REGISTRY, SHAPES, distance, grams, run, stream
 
 import lora_opcm as lo
-from lora_opcm.merging import Core, shards
+from lora_opcm.merging import shards
 from lora_opcm.merging.shards import belongs, join, merge_apart, merge_shard
 from lora_opcm.numerics import full_precision, gram_matrix
 from lora_opcm.parallel import parallel_map
@@ -130,15 +130,6 @@ def test_low_matmul_precision_outside_changes_no_bit(method, device, monkeypatch
     assert seen or REGISTRY[method].space != "core" or REGISTRY[method].plain  # factors side by side
     for name in SHAPES:
         assert torch.equal(exact.modules[name].left, again.modules[name].left)
-
-
-def test_a_batch_of_cores_is_the_cores_one_by_one():
-    modules = [[a.modules["a"] for a in stream(torch.float16, seed)] for seed in range(3)]
-    for core, updates in zip(Core.batch(modules, "cpu"), modules):
-        alone = Core.of(updates)
-        for c, d in zip(core.cores, alone.cores):
-            assert float((c - d).norm() / d.norm()) < 1e-12
-        assert core.dtype == alone.dtype and core.left.nested
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -301,22 +292,3 @@ def test_shards_that_do_not_belong_together_are_refused(inputs, tmp_path):
         join([two, inputs[0] / "adapter_model.safetensors"])
     with pytest.raises(ValueError, match=r"0 ≤ index < count, got \(2, 2\)"):
         merge_shard(inputs, tmp_path / "x", (2, 2))
-
-
-def test_a_batch_has_modules_of_one_kind_and_no_more_numbers_than_allowed(monkeypatch):
-    """Factors of 4×3 and ranks 2 and 1 have 14 + 7 numbers; of 5×3, 16 + 8; one adapter lacks f."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"a": (4, 3), "b": (5, 3), "c": (4, 3), "d": (4, 3), "e": (5, 3), "f": (4, 3)}
-    first, second = (adapter(shapes, rank, generator) for rank in (2, 1))
-    second = second.with_modules({n: u for n, u in second.modules.items() if n != "f"})
-    batches = sys.modules[lo.merge.__module__]._batches
-    expected = {
-        2**20: ["acd", "be", "f"], 63: ["acd", "be", "f"], 62: ["ac", "d", "be", "f"], 48: ["ac", "d", "be", "f"],
-        47: ["ac", "d", "b", "e", "f"], 42: ["ac", "d", "b", "e", "f"], 41: ["a", "c", "d", "b", "e", "f"],
-        1: ["a", "c", "d", "b", "e", "f"],
-    }  # fmt: skip
-    for allowed, groups in expected.items():
-        monkeypatch.setattr(sys.modules[lo.merge.__module__], "BATCH", allowed)
-        assert ["".join(names) for names in batches([first, second], shapes)] == groups, allowed
-    nothing = lo.Adapter({n: first.modules["a"].zero() for n in "ab"})
-    assert list(map(list, batches([nothing], "ab"))) == [["a"], ["b"]]

@@ -7,6 +7,7 @@ halves of `final_layer.adaLN_modulation.1` are swapped there.
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
 
 UNDERSCORED = re.compile(r"lora_(unet|transformer|te[123]?)_|lycoris_")  # kohya's names start so
 # What stands around a module's own name, once or more: wrappers of peft and transformers, the component of a pipeline.
@@ -61,6 +62,7 @@ FUSED: list[tuple[str, str]] = [
 ]
 
 
+@lru_cache(2**16)
 def canonical(name: str) -> str:
     """One spelling for every known spelling of a module's name; what tells layers apart, not a name to write.
 

@@ -10,13 +10,13 @@ matrices and projections took 1.2 times as long on a CPU (torch 2.13), after 25 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from ..numerics import full_precision, gram_matrix, half, keep_rank, nonzero_svd, working_dtype
+from ..numerics import gram_matrix, half, keep_rank, nonzero_svd, working_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,11 @@ class Basis:
         """Whether nothing of the factors is left out."""
         return self.nested or self.columns.shape[0] == self.columns.shape[1]
 
+    def __getitem__(self, which: Any) -> "Basis":
+        """One basis of several, or some of them."""
+        transform = None if self.transform is None else self.transform[which]
+        return Basis(self.columns[which], transform, self.coords[which])
+
     def __matmul__(self, x: Tensor) -> Tensor:
         """Q @ x for x (p, k), multiplied where `columns` lies and returned where `x` does."""
         coefficients = x if self.transform is None else self.transform @ x
@@ -57,36 +62,34 @@ class Basis:
         adapters with one frozen factor do, count once. Where columns depend on each other all the same (zeros
         among them) a rank-revealing QR in float64 takes its place; where they may span all of the space, nothing.
         """
-        stack = side_by_side(blocks)
+        stack = torch.cat(list(blocks), 1)  # by rows, whatever came: the product takes half the time
         wide = stack.to(working_dtype(stack.dtype))
         if stack.shape[1] >= stack.shape[0]:
             return cls.square(wide)
-        gram = gram_matrix(wide, half(stack))
-        if basis := cls._by_cholesky(wide, gram, 64 * len(gram)):
+        return cls.from_gram(blocks, wide, gram_matrix(wide, half(stack)))
+
+    @classmethod
+    def from_gram(cls, blocks: Sequence[Tensor], wide: Tensor, gram: Tensor) -> "Basis":
+        """`of`, from the blocks side by side in the working dtype and their Gram matrix on the CPU."""
+        basis, found = cls.by_cholesky(wide, gram)
+        if found:
             return basis
         first = [next(i for i, y in enumerate(blocks) if x.shape == y.shape and torch.equal(x, y)) for x in blocks]
         kept = sorted(set(first))
         if len(kept) == len(blocks):
-            return cls.from_gram(wide, gram, half(stack))
+            return cls._by_qr(wide.cpu(), gram, any(map(half, blocks)))
         once = cls.of([blocks[t] for t in kept])
         coords = dict(zip(kept, once.coords.split([blocks[t].shape[1] for t in kept], 1), strict=True))
         return replace(once, coords=torch.cat([coords[t] for t in first], 1))
 
     @classmethod
-    def from_gram(cls, stack: Tensor, gram: Tensor, single: bool = False) -> "Basis":
-        """The basis of the columns of `stack` (n, R), on any device, from their Gram matrix on the CPU.
-
-        `single` says that it was multiplied in float32.
-        """
-        if stack.shape[1] >= stack.shape[0]:
-            return cls.square(stack)
-        if basis := cls._by_cholesky(stack, gram, 64 * len(gram)):
-            return basis
-        wide = stack.cpu().double()
+    def _by_qr(cls, stack: Tensor, gram: Tensor, single: bool) -> "Basis":
+        """Of columns that nearly depend on each other; `single` says that `gram` was multiplied in float32."""
+        wide = stack.double()
         # Squaring the condition number costs digits: float64 has some to spare beyond the inputs' own.
         if stack.dtype != torch.float64:
-            gram = gram_matrix(wide) if single else gram
-            if basis := cls._by_cholesky(wide, gram, 1e8):
+            basis, found = cls.by_cholesky(wide, gram_matrix(wide) if single else gram, 1e8)
+            if found:
                 return basis
         unit = wide / gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
         q, r = torch.linalg.qr(unit)
@@ -98,30 +101,27 @@ class Basis:
     @classmethod
     def square(cls, stack: Tensor) -> "Basis":
         """The basis of all of R^n, for stacks that may span it."""
-        return cls(torch.eye(len(stack), dtype=torch.float64), None, stack.cpu().double())
+        return cls(torch.eye(len(stack), dtype=torch.float64), None, stack.double())
 
     @classmethod
-    def _by_cholesky(cls, stack: Tensor, gram: Tensor, limit: float) -> "Basis | None":
-        """None where ‖L⁻¹‖² of columns of length 1, at least their condition number squared, exceeds the limit.
+    def by_cholesky(cls, stack: Tensor, gram: Tensor, limit: float | None = None) -> "tuple[Basis, Tensor]":
+        """The basis of stack [..., n, R] from its Gram matrix on the CPU, and where it is one.
 
-        It bounds how the rounding of `columns @ transform` grows, and of the Gram matrix in QᵀQ.
+        It is none where ‖L⁻¹‖² of columns of length 1, at least their condition number squared, exceeds the limit, 64R
+        unless given: that bounds how the rounding of `columns @ transform` grows, and of the Gram matrix in QᵀQ.
         """
-        norms = gram.diagonal().sqrt()
-        if not bool((norms > 0).all()):
-            return None
-        chol, failed = torch.linalg.cholesky_ex(gram / (norms[:, None] * norms))
-        if failed:
-            return None
-        inverse = torch.linalg.solve_triangular(chol, torch.eye(len(norms), dtype=chol.dtype), upper=False)
-        if not inverse.square().sum() <= limit:
-            return None
-        return cls(stack, inverse.mT / norms[:, None], chol.mT * norms)
+        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        chol, failed = torch.linalg.cholesky_ex(gram / (norms[..., :, None] * norms[..., None, :]))
+        inverse = torch.linalg.solve_triangular(chol, torch.eye(gram.shape[-1], dtype=chol.dtype), upper=False)
+        size = inverse.square().sum((-2, -1))  # NaN where a column is zero
+        found = (failed == 0) & (size <= (64 * norms.shape[-1] if limit is None else limit))
+        return cls(stack, inverse.mT / norms[..., :, None], chol.mT * norms[..., None, :]), found
 
 
 class Spectrum(NamedTuple):
     """A matrix (p, q) by its singular value decomposition: U (p, k), σ (k), descending and ≥ 0, and Vᵀ (k, q).
 
-    What a rule returns that has it anyway: it need not be found a second time.
+    What a rule returns that has it anyway: it need not be found a second time. Of a batch, all are [B, …].
     """
 
     u: Tensor
@@ -152,8 +152,8 @@ class Core:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, updates: Sequence[LowRank]) -> "Core":
-        """The core space of updates of one shape and any ranks.
+    def of(cls, updates: Sequence[LowRank], *bases: Basis) -> "Core":
+        """The core space of updates of one shape and any ranks; of the bases of both sides if they are known.
 
         Where factors are nearly dependent, or may span all of a side, all is done in float64 (`_careful`); what rank
         then counts is numerically nonzero directions.
@@ -166,33 +166,14 @@ class Core:
         shapes = {u.shape for u in updates}
         if len(shapes) != 1:
             raise ValueError(f"expected updates of one shape, got {sorted(shapes) or 'none'}")
-        core = _core(updates)
+        core = _core(updates, *bases)
         return core if core.left.nested and core.right.nested else _careful(updates, core.dtype)
 
     @classmethod
-    @full_precision()
-    def batch(cls, modules: Sequence[Sequence[LowRank]], device: str | torch.device) -> "list[Core]":
-        """`Core.of` several modules whose updates have the same shapes, ranks and dtypes.
-
-        Their factors are stacked on `device`, where one batched product a side gives all Gram matrices and the
-        cores are lifted later; everything of size R is float64 on the CPU.
-        """
-        bases = []
-        for blocks in (
-            [[u.left for u in us] for us in modules],
-            [[u.right.mT for u in us] for us in modules],
-        ):
-            stack = torch.stack([side_by_side(b).mT for b in blocks]).mT
-            there = stack.to(device)
-            # MPS has no float64: what needs it is multiplied before it goes there.
-            gram = gram_matrix(stack if there.device.type == "mps" and not half(stack) else there)
-            single = [half(stack)] * len(gram)
-            bases.append(map(Basis.from_gram, there.to(working_dtype(stack.dtype)), gram, single))
-        cores = [_core(updates, *sides) for updates, *sides in zip(modules, *bases, strict=True)]
-        return [
-            core if core.left.nested and core.right.nested else cls.of(updates)
-            for core, updates in zip(cores, modules, strict=True)
-        ]
+    def between(cls, left: Basis, right: Basis, ranks: Sequence[int], dtype: torch.dtype) -> "Core":
+        """The core of updates of these ranks whose factors have these bases."""
+        pairs = zip(left.coords.split(list(ranks), dim=1), right.coords.split(list(ranks), dim=1))
+        return cls(left, right, [LowRank(b, a.mT) for b, a in pairs], dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -255,17 +236,7 @@ def _careful(updates: Sequence[LowRank], dtype: torch.dtype) -> Core:
     return replace(core, dtype=dtype)
 
 
-def _core(updates: Sequence[LowRank], left: Basis | None = None, right: Basis | None = None) -> Core:
-    left = left or Basis.of([u.left for u in updates])
-    right = right or Basis.of([u.right.mT for u in updates])
+def _core(updates: Sequence[LowRank], *bases: Basis) -> Core:
+    left, right = bases or (Basis.of([u.left for u in updates]), Basis.of([u.right.mT for u in updates]))
     dtype = reduce(torch.promote_types, [u.dtype for u in updates])
-    ranks = [u.rank for u in updates]
-    pairs = zip(left.coords.split(ranks, dim=1), right.coords.split(ranks, dim=1))
-    return Core(left, right, [LowRank(b, a.mT) for b, a in pairs], working_dtype(dtype))
-
-
-def side_by_side(blocks: Sequence[Tensor]) -> Tensor:
-    """[X₁ … X_T], each (n, r_t), in the layout the blocks came in: no strided copies."""
-    if blocks[0].mT.is_contiguous():
-        return torch.cat([b.mT for b in blocks], 0).mT
-    return torch.cat(list(blocks), 1)
+    return Core.between(left, right, [u.rank for u in updates], working_dtype(dtype))

@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,15 +13,13 @@ from ..files import Adapter, combine, dropping, level, load_adapter, matched, sc
 from ..lowrank import LowRank
 from ..parallel import Progress, parallel_map
 from ..values import AUTO, Energy, Full, Limit, Scale, expect, factor, norms
-from .core import Core
+from .batch import Batch, batches
 from .method import Method, method_of
 from .remarks import tell
 from .sketch import sketched_sum, worth
-from .space import SPACES, Merged, merge_module, side_by_side
+from .space import SPACES, Merged, merge_batch, merge_module, side_by_side
 
-BATCH = 2**28  # numbers that are stacked on a device at once
 Source = Adapter | str | os.PathLike
-Item = tuple[str, list[LowRank] | None, Core | None]  # name of a module; on a device, its updates and their core
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +107,11 @@ def merge(
     dtype : torch.dtype, optional
         Of the result; the widest of the inputs unless given.
     device : optional
-        "cuda", "mps", …: where large matrices are multiplied, modules of equal shape and ranks in one batch; what
-        has only the size of the summed rank stays float64 on the CPU. None works there module by module.
+        "cuda", "mps", …: where large matrices are multiplied; what has only the size of the summed rank stays float64
+        on the CPU.
     progress : callable, optional
-        Wrapped around the modules (on a device, the batches) as they are done, called with an iterable and
-        `total`: `tqdm.tqdm` will do.
+        Wrapped around the modules, or batches of those with equal shapes and ranks, as they are done, called with an
+        iterable and `total`: `tqdm.tqdm` will do.
     disjoint : bool
         Whether adapters may have no module in common.
     any_base : bool
@@ -187,40 +185,42 @@ def merge_part(
 
     asked = rank if sketch and entry.share and energy is None and norms(scale) is None else None
 
-    def sketched(name: str) -> bool:
-        return worth(shapes[name], [a.modules[name].rank for a in adapters if name in a.modules], asked)
+    ranks = {name: [a.modules[name].rank for a in adapters if name in a.modules] for name in shapes}
 
-    def one(item: Item) -> Merged:
-        name, updates, core = item  # without a device, updates are made when a module's turn comes
-        updates = updates or _updates(adapters, name, weights)
+    def cut(name: str) -> dict:
+        largest = entry.largest and rank is None and energy is None
+        return {"rank": max(1, *ranks[name]) if largest else rank, "energy": energy}
+
+    def one(name: str, updates: list[LowRank]) -> Merged:
         if plain and sum(u.rank for u in updates) <= min(shapes[name]):
             return side_by_side(updates, norms(scale) is not None)
-        if asked and entry.share and sketched(name):
+        if entry.share and asked and worth(shapes[name], ranks[name], asked):
             update, dropped, bound = sketched_sum(updates, asked, zlib.crc32(f"0 {name}".encode()))
             return Merged(update * entry.share(len(updates)), dropped, [], bound)
-        inside = core or SPACES[entry.space].enter(updates)
-        cut = {"rank": rank, "energy": energy}
-        if entry.largest and rank is None and energy is None:
-            cut["rank"] = max(1, *(a.modules[name].rank for a in adapters if name in a.modules))
-        return merge_module(entry, inside, cut, scale, _local(options, entry, name))
+        if entry.space != "core" and device is not None and torch.device(device).type != "mps":  # which has no float64
+            updates = [u.to(device) for u in updates]
+        inside = SPACES[entry.space].enter(updates)
+        return merge_module(entry, inside, cut(name), scale, _local(options, entry, name))
 
+    def together(name: str) -> bool:
+        return entry.space == "core" and not plain and 0 < sum(ranks[name]) < min(shapes[name])
+
+    def many(names: list[str]) -> list[Merged]:
+        parts = [_updates(adapters, name, weights) for name in names]  # made when their turn comes
+        if not together(names[0]):
+            return list(map(one, names, parts))
+        batch, which, others = Batch.of(parts, device)
+        local, how = [_local(options, entry, name) for name in names], (cut(names[0]), scale)
+        done = dict(zip(which, merge_batch(entry, batch, *how, [local[i] for i in which]), strict=True))
+        done |= {i: merge_module(entry, core, *how, local[i]) for i, core in others.items()}
+        return [done[i] for i in range(len(names))]
+
+    if device is not None and torch.device(device).type != "mps":  # torch loads its linear algebra there once, and not
+        torch.linalg.inv(torch.eye(1, device=device))  # in two threads
+    items = batches(adapters, shapes, together, device is not None)
     found: dict[str, Merged] = {}
-    if device is None:
-        items: list[Item] = [(name, None, None) for name in shapes]
-        found |= dict(zip(shapes, parallel_map(one, items, progress), strict=True))
-    else:
-        if torch.device(device).type != "mps":  # torch loads a device's linear algebra once, and not in two threads
-            torch.linalg.inv(torch.eye(1, device=device))
-        batches = list(_batches(adapters, shapes))
-        for names in progress(batches, total=len(batches)) if progress else batches:
-            parts = [_updates(adapters, name, weights) for name in names]
-            cores: Sequence[Core | None] = [None] * len(names)
-            if entry.space == "core" and not sketched(names[0]):
-                cores = Core.batch(parts, device)
-            elif torch.device(device).type != "mps":  # which has no float64
-                parts = [[u.to(device) for u in updates] for updates in parts]
-            batch = list(zip(names, parts, cores, strict=True))
-            found |= dict(zip(names, parallel_map(one, batch), strict=True))
+    for names, modules in zip(items, parallel_map(many, items, progress), strict=True):
+        found |= zip(names, modules, strict=True)
     if bounds := [m.bound for m in found.values() if m.bound is not None]:
         warnings.warn(
             f"{len(bounds)} of {len(found)} modules were sketched, sums of more columns than their layers have rows:"
@@ -286,15 +286,3 @@ def _updates(adapters: Sequence[Adapter], name: str, weights: Sequence[float]) -
     like = next(a.modules[name] for a in adapters if name in a.modules)
     found = [a.modules.get(name) or like.zero() for a in adapters]
     return [u if w == 1 else u.wide() * w for u, w in zip(found, weights, strict=True)]
-
-
-def _batches(adapters: Sequence[Adapter], names: Iterable[str]) -> Iterator[Sequence[str]]:
-    """Names of modules whose updates have equal shapes, ranks and dtypes, `BATCH` numbers at a time."""
-    groups: dict[tuple, list[str]] = {}
-    for name in names:
-        key = tuple((u.shape, u.rank, u.dtype) for u in _updates(adapters, name, [1.0] * len(adapters)))
-        groups.setdefault(key, []).append(name)
-    for key, group in groups.items():
-        numbers = sum(sum(shape) * rank for shape, rank, _ in key)
-        step = max(1, BATCH // max(1, numbers))
-        yield from (group[i : i + step] for i in range(0, len(group), step))

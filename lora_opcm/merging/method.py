@@ -55,6 +55,9 @@ class Method:
         Whether it is the sum of the updates, which factors side by side are, where nothing is cut.
     share : callable, optional
         The share of the sum of T updates that it is, for a method that is nothing else: 1 or 1/T.
+    batched : bool
+        Whether the rule also takes a `Batch`, the cores of modules of one shape, and returns what it does with B in
+        front of every shape. It may raise `numerics.Uneven` where these part ways: each is then given alone.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Method:
     largest: bool = False
     plain: bool = False
     share: Callable[[int], float] | None = None
+    batched: bool = False
 
     def __post_init__(self):
         if self.space not in SPACES:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..lowrank import LowRank, add, leading
-from ..numerics import nonzero_svd
+from ..numerics import Uneven, nonzero_svd
 from ..values import AUTO, norms
+from .batch import Batch
 from .core import Core, Spectrum
 from .method import Method
 from .remarks import hearing
@@ -86,6 +87,30 @@ def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], scale: flo
         return Merged(update.to("cpu"), dropped, [], remarks=remarks)
     sizes = space.sizes(inside, found) if groups is None or scale == AUTO else groups
     return Merged(update.to("cpu"), dropped, sizes, remarks=remarks)
+
+
+def merge_batch(
+    method: Method, batch: Batch, cut: Mapping[str, Any], scale: float | str, options: Sequence[Mapping]
+) -> list[Merged]:
+    """`merge_module` of every module of a batch, each with its options: in one go, where the rule can."""
+    if options and method.batched and cut.get("energy") is None:
+        late = dict(cut)
+        early = {name: late.pop(name) for name in method.cuts}
+        try:
+            found = method.rule(batch, **options[0], **early)
+            spectrum = found if isinstance(found, Spectrum) else Spectrum(*nonzero_svd(found, batch.dtype))
+            lifted = batch.lift(spectrum, late.get("rank"))
+        except Uneven:
+            if len(batch) > 1:
+                alone = [batch.of_these(slice(i, i + 1)) for i in range(len(batch))]
+                return [m for b, o in zip(alone, options, strict=True) for m in merge_batch(method, b, cut, scale, [o])]
+        else:
+            sizes: list[list[list[float]]] = [[]] * len(batch)
+            if norms(scale) is not None:
+                whole = spectrum.s.square().sum(-1).tolist()
+                sizes = [[[size, *parts]] for size, parts in zip(whole, batch.norms(), strict=True)]
+            return [Merged(*each, size) for each, size in zip(lifted, sizes, strict=True)]
+    return [merge_module(method, batch[i], cut, scale, o) for i, o in enumerate(options)]
 
 
 def side_by_side(updates: Sequence[LowRank], sized: bool) -> Merged:

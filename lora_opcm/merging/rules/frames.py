@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...numerics import nonzero, nonzero_svd
+from ...numerics import Uneven, alike, nonzero, nonzero_svd
 from ...values import AUTO, Limit, Share, Sides
+from ..batch import Batch
 from ..core import Core
 from ..method import merge_method
 
@@ -38,26 +39,26 @@ def polar(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """
     u, s, vh = nonzero_svd(x, dtype)
     k = nonzero(s, torch.float32)
-    return u[:, :k] @ vh[:k]
+    return u[..., :k] @ vh[..., :k, :]
 
 
-@merge_method("tsv", source="Gargiulo et al., arXiv 2412.00081", keeps="three sums", scale=AUTO)
-def tsv(core: Core, directions: Limit = None) -> Tensor:
+@merge_method("tsv", source="Gargiulo et al., arXiv 2412.00081", keeps="three sums", scale=AUTO, batched=True)
+def tsv(core: Core | Batch, directions: Limit = None) -> Tensor:
     """Stack the leading singular frames of all tasks, whiten both stacks, put the spectra back."""
-    frames = [(u[:, :directions], s[:directions], vh[:directions]) for u, s, vh in core.frames()]
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*[(u, s, vh.mT) for u, s, vh in frames]))
-    return (polar(u, core.dtype) * s) @ polar(v, core.dtype).mT
+    frames = [(u[..., :directions], s[..., :directions], vh.mT[..., :directions]) for u, s, vh in core.frames()]
+    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*frames, strict=True))
+    return (polar(u, core.dtype) * s[..., None, :]) @ polar(v, core.dtype).mT
 
 
-@merge_method("whitening", source="this package", keeps="all directions", ordered=True, scale=AUTO)
-def whitening(core: Core) -> Tensor:
+@merge_method("whitening", source="this package", keeps="all directions", ordered=True, scale=AUTO, batched=True)
+def whitening(core: Core | Batch) -> Tensor:
     """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra."""
     (u, s, vh), *others = core.frames()
     left, right, spectrum = Whitened(u), Whitened(vh.mT), [s]
     for u, s, vh in others:
         left, right = left.add(u, core.dtype), right.add(vh.mT, core.dtype)
         spectrum.append(s)
-    return (left.frame * torch.cat(spectrum)) @ right.frame.mT
+    return (left.frame * torch.cat(spectrum, -1)[..., None, :]) @ right.frame.mT
 
 
 class Whitened(NamedTuple):
@@ -74,20 +75,20 @@ class Whitened(NamedTuple):
         """
         a, s, bh = torch.linalg.svd(self.frame.mT @ new, full_matrices=False)
         if not self.orthonormal or bool((s > 1 - 1e-6).any()):
-            return Whitened(polar(torch.cat([self.frame, new], 1), dtype), False)
+            return Whitened(polar(torch.cat([self.frame, new], -1), dtype), False)
         more, less = (1 + s).rsqrt() - 1, (1 - s).rsqrt() - 1
-        same, across = (more + less) / 2, (more - less) / 2
+        same, across = (more + less)[..., None, :] / 2, (more - less)[..., None, :] / 2
         old, mixed = self.frame @ a, new @ bh.mT
         return Whitened(
             torch.cat([
                 self.frame + (old * same + mixed * across) @ a.mT,
                 new + (old * across + mixed * same) @ bh,
-            ], 1)
+            ], -1)
         )  # fmt: skip
 
 
-@merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO)
-def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None, sides: Sides = "both") -> Tensor:
+@merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO, batched=True)
+def whitened_sum(core: Core | Batch, power: Share = 0.5, cap: Limit = None, sides: Sides = "both") -> Tensor:
     """The sum, whitened by what its directions share: L^{-1/2} S R^{-1/2} of three running sums; TSV at power 0.
 
     `sides` says which are whitened: the outputs (left) L^{-1/2} S, the inputs (right) S R^{-1/2}, or both.
@@ -95,6 +96,8 @@ def whitened_sum(core: Core, power: Share = 0.5, cap: Limit = None, sides: Sides
     refuse_flat(power, cap, sides)
     if cap is None:
         return Sums.of(core.frames(), power).core(sides)
+    if isinstance(core, Batch):
+        raise Uneven  # what a cap keeps is for each to say
     sums = Sums.empty(*core.shape)
     for frames in core.frames():
         sums = sums.add(frames, power, cap, sides)
@@ -147,8 +150,8 @@ class Sums:
     R: Tensor
 
     def __post_init__(self):
-        p, q = self.left.shape[1], self.right.shape[1]
-        if (self.S.shape, self.L.shape, self.R.shape) != ((p, q), (p, p), (q, q)):
+        p, q = self.left.shape[-1], self.right.shape[-1]
+        if (self.S.shape[-2:], self.L.shape[-2:], self.R.shape[-2:]) != ((p, q), (p, p), (q, q)):
             found = [tuple(x.shape) for x in (self.S, self.L, self.R)]
             raise ValueError(f"expected S {(p, q)}, L {(p, p)} and R {(q, q)}, got {found}")
         for name in (
@@ -170,7 +173,8 @@ class Sums:
         """Of all updates at once, each U (m, r), σ (r,), Vᵀ (r, n) with m, n small: in the frames of all directions."""
         taken = [_shares(svd, power) for svd in svds]
         u, s, v, share = (torch.cat(x, -1) for x in zip(*((u, s, vh.mT, w) for u, s, vh, w in taken), strict=True))
-        left, right = (torch.eye(len(x), dtype=torch.float64) for x in (u, v))
+        left, right = (torch.eye(x.shape[-2], dtype=torch.float64) for x in (u, v))
+        s, share = s[..., None, :], share[..., None, :]
         return cls(left, right, (u * s) @ v.mT, (u * share) @ u.mT, (v * share) @ v.mT)
 
     def add(self, svd: SVD, power: float, cap: int | None, sides: str = "both") -> "Sums":
@@ -212,16 +216,16 @@ class Sums:
 def inverse_root(x: Tensor) -> Tensor:
     """x^{-1/2} of a positive semidefinite matrix, zero where x is."""
     values, vectors = torch.linalg.eigh(x)
-    keep = values > TINY * values[-1:]
-    vectors = vectors[:, keep]
-    return (vectors * values[keep].rsqrt()) @ vectors.mT
+    k = alike((values > TINY * values[..., -1:]).sum(-1))
+    vectors = vectors[..., values.shape[-1] - k :]
+    return (vectors * values[..., None, values.shape[-1] - k :].rsqrt()) @ vectors.mT
 
 
 def _shares(svd: SVD, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U, σ and Vᵀ in float64, and the weights (σ/‖σ‖)^power of their directions in L and R."""
     u, s, vh = (x.to("cpu", torch.float64) for x in svd)  # where the sums are
-    relative = s / s[:1]  # the square of a tiny norm is zero
-    return u, s, vh, (relative / relative.norm()) ** power
+    relative = s / s[..., :1]  # the square of a tiny norm is zero
+    return u, s, vh, (relative / relative.norm(dim=-1, keepdim=True)) ** power
 
 
 def _range(x: Tensor, before: Tensor) -> Tensor:

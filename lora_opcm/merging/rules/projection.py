@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...numerics import nonzero, nonzero_svd
+from ...numerics import Uneven, nonzero, nonzero_svd
 from ...values import Share, Variant, expect
+from ..batch import Batch
 from ..core import Core, Spectrum
 from ..method import merge_method
 from .frames import extend
 
 SMALL = 80  # summed rank up to which decomposing all of the sum costs less than keeping account of what is locked
+FEWEST = 20  # locked columns that are left out of a block of many modules together
 
 
 @merge_method(
@@ -30,9 +32,12 @@ SMALL = 80  # summed rank up to which decomposing all of the sum costs less than
     keeps="one sum",
     ordered=True,
     scale="norm",
+    batched=True,
 )
-def opcm(core: Core, alpha: Share = 0.5, variant: Variant = "paper") -> Tensor | Spectrum:
+def opcm(core: Core | Batch, alpha: Share = 0.5, variant: Variant = "paper") -> Tensor | Spectrum:
     """One adapter at a time: a sum of updates, each projected off what is there already."""
+    if isinstance(core, Batch):
+        return sums_side_by_side(core, alpha, variant)
     if variant == "paper" and sum(f.rank for f in core.factors) > SMALL:
         return locked_sum(core, alpha)
     return projected_sum(core, alpha, variant)
@@ -48,14 +53,19 @@ def cut(s: Tensor, alpha: float, variant: str = "paper") -> int:
 
     `s` is descending, shape=[r]. Raises ValueError for an α outside [0, 1] or another variant.
     """
+    return int(cuts(s, alpha, variant))
+
+
+def cuts(s: Tensor, alpha: float, variant: str = "paper") -> Tensor:
+    """`cut` of every row of `s`, shape=[..., r]."""
     expect(Share, alpha=alpha)
     expect(Variant, variant=variant)
-    if alpha == 0 or not len(s):
-        return 0
-    share = s.cumsum(0) / s.sum()
+    if alpha == 0 or not s.shape[-1]:
+        return torch.zeros(s.shape[:-1], dtype=torch.int64)
+    share = s.cumsum(-1) / s.sum(-1, keepdim=True)
     if variant == "fusionbench":
-        return int((share <= alpha + 1e-12).sum())
-    return min(int((share < alpha - 1e-12).sum()) + 1, len(s))
+        return (share <= alpha + 1e-12).sum(-1)
+    return ((share < alpha - 1e-12).sum(-1) + 1).clamp_max(s.shape[-1])
 
 
 def project(delta: Tensor, merged: Tensor, alpha: float, variant: str, dtype) -> Tensor:
@@ -132,6 +142,52 @@ def locked_sum(core: Core, alpha: float) -> Spectrum:
     order = s.argsort(descending=True)
     order = order[: nonzero(s[order], core.dtype)]
     return Spectrum(frames[0][:, order], s[order], frames[1][:, order].mT)
+
+
+def sums_side_by_side(batch: Batch, alpha: float, variant: str) -> Spectrum:
+    """`projected_sum` of many modules, each step one block of each.
+
+    As in `locked_sum` the block leaves out what is locked, but in quarters of all there is: of modules that lock about
+    as much the blocks have one size, and what is locked inside stays by itself, as nothing is let in beside it. Columns
+    are independent, so the frames of what is there hold all of it, and a new update adds as many directions as it has
+    columns.
+    """
+    new = batch.left.coords, batch.right.coords
+    frames = [torch.zeros_like(x) for x in new]
+    s, done = new[0].new_zeros(len(batch), 0), 0
+    for rank in filter(None, batch.ranks):
+        live = done + rank
+        # what the new update is in the frames, and beyond what is there
+        inside = [f[:, :done, :done].mT @ x[:, :done, done:live] for f, x in zip(frames, new, strict=True)]
+        beyond = [x[:, done:live, done:live] for x in new]
+        k, quarter = cuts(s, alpha, variant), max(FEWEST, done // 4)
+        out = k // quarter * quarter if variant == "paper" else torch.zeros_like(k)
+        s = F.pad(s, (0, rank))
+        groups = out.unique().tolist()
+        for skip in groups:
+            which = (out == skip).nonzero().flatten() if len(groups) > 1 else slice(None)
+            rest = done - skip
+            left, right = (torch.cat([i[which, skip:], b[which]], 1) for i, b in zip(inside, beyond, strict=True))
+            block = left @ right.mT
+            locked = torch.arange(skip, done) < k[which, None]
+            if variant == "paper":
+                block[:, :rest].masked_fill_(locked[..., None], 0)
+                block[:, :, :rest].masked_fill_(locked[:, None], 0)
+            else:
+                block[:, :rest, :rest].masked_fill_(locked[..., None] & locked[:, None], 0)
+            block.diagonal(dim1=1, dim2=2)[:, :rest] = s[which, skip:done]
+            u, found, vh = nonzero_svd(block, batch.dtype)
+            if found.shape[1] < block.shape[1]:
+                raise Uneven  # something was cancelled
+            s[which, skip:] = found
+            for frame, turn in zip(frames, (u, vh.mT), strict=True):
+                old = frame[which, :done, skip:done] @ turn[:, :rest]
+                frame[which, :live, skip:live] = torch.cat([old, turn[:, rest:]], 1)
+        s, order = s.sort(dim=-1, descending=True, stable=True)
+        for x in frames:
+            x[..., :live] = x[..., :live].gather(2, order[:, None].expand(-1, x.shape[1], -1))
+        done = live
+    return Spectrum(frames[0], s, frames[1].mT)
 
 
 def _beside(frame: Tensor, new: Tensor, before: int) -> tuple[Tensor, Tensor, Tensor]:

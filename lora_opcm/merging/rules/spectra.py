@@ -6,19 +6,20 @@ from torch import Tensor
 from ...lowrank import LowRank
 from ...numerics import RTOL_SINGLE, keep_rank, nonzero_svd
 from ...values import AUTO, Density, Energy, Limit, Share
+from ..batch import Batch
 from ..core import Core, Spectrum
 from ..method import merge_method
 from .frames import polar
 
 
-@merge_method("iso_c", source="Marczak et al., arXiv 2502.04959", keeps="one sum", scale=AUTO)
-def iso_c(core: Core, rank: Limit = None, energy: Energy = None) -> Spectrum:
+@merge_method("iso_c", source="Marczak et al., arXiv 2502.04959", keeps="one sum", scale=AUTO, batched=True)
+def iso_c(core: Core | Batch, rank: Limit = None, energy: Energy = None) -> Spectrum:
     """The sum, cut to `rank`, with its spectrum made flat: U σ̄ Vᵀ, σ̄ the mean of the singular values kept.
 
     Cut first: of a flat spectrum any directions could be dropped, and rounding would choose.
     """
     u, s, vh = leading(core.total(), core.dtype, rank, energy)
-    return Spectrum(u, s.mean().expand_as(s) if len(s) else s, vh)
+    return Spectrum(u, s.mean(-1, keepdim=True).expand_as(s) if s.numel() else s, vh)
 
 
 @merge_method("iso_cts", source="Marczak et al., arXiv 2502.04959", scale=AUTO)
@@ -81,4 +82,4 @@ def leading(x: Tensor, dtype: torch.dtype, rank: int | None, energy: float | Non
     """The thin SVD of x, cut as asked."""
     u, s, vh = nonzero_svd(x, dtype)
     k = keep_rank(s, rank, energy)
-    return u[:, :k], s[:k], vh[:k]
+    return u[..., :k], s[..., :k], vh[..., :k, :]
