@@ -152,22 +152,19 @@ def sums_side_by_side(batch: Batch, alpha: float, variant: str) -> Spectrum:
     are independent, so the frames of what is there hold all of it, and a new update adds as many directions as it has
     columns.
     """
-    new = batch.left.coords, batch.right.coords
-    frames = [torch.zeros_like(x) for x in new]
-    s, done = new[0].new_zeros(len(batch), 0), 0
+    new = torch.stack([batch.left.coords, batch.right.coords])  # of both sides [2, B, R, R]
+    frames, s, done = torch.zeros_like(new), new.new_zeros(len(batch), 0), 0
     for rank in filter(None, batch.ranks):
         live = done + rank
-        # what the new update is in the frames, and beyond what is there
-        inside = [f[:, :done, :done].mT @ x[:, :done, done:live] for f, x in zip(frames, new, strict=True)]
-        beyond = [x[:, done:live, done:live] for x in new]
+        inside = frames[..., :done, :done].mT @ new[..., :done, done:live]
+        beyond = new[..., done:live, done:live]
         k, quarter = cuts(s, alpha, variant), max(FEWEST, done // 4)
         out = k // quarter * quarter if variant == "paper" else torch.zeros_like(k)
-        s = F.pad(s, (0, rank))
-        groups = out.unique().tolist()
+        s, groups = F.pad(s, (0, rank)), out.unique().tolist()
         for skip in groups:
             which = (out == skip).nonzero().flatten() if len(groups) > 1 else slice(None)
             rest = done - skip
-            left, right = (torch.cat([i[which, skip:], b[which]], 1) for i, b in zip(inside, beyond, strict=True))
+            left, right = torch.cat([inside[:, which, skip:], beyond[:, which]], 2)
             block = left @ right.mT
             locked = torch.arange(skip, done) < k[which, None]
             if variant == "paper":
@@ -179,13 +176,11 @@ def sums_side_by_side(batch: Batch, alpha: float, variant: str) -> Spectrum:
             u, found, vh = nonzero_svd(block, batch.dtype)
             if found.shape[1] < block.shape[1]:
                 raise Uneven  # something was cancelled
-            s[which, skip:] = found
-            for frame, turn in zip(frames, (u, vh.mT), strict=True):
-                old = frame[which, :done, skip:done] @ turn[:, :rest]
-                frame[which, :live, skip:live] = torch.cat([old, turn[:, rest:]], 1)
+            s[which, skip:], turn = found, torch.stack([u, vh.mT])
+            old = frames[:, which, :done, skip:done] @ turn[..., :rest, :]
+            frames[:, which, :live, skip:live] = torch.cat([old, turn[..., rest:, :]], 2)
         s, order = s.sort(dim=-1, descending=True, stable=True)
-        for x in frames:
-            x[..., :live] = x[..., :live].gather(2, order[:, None].expand(-1, x.shape[1], -1))
+        frames[..., :live] = frames[..., :live].gather(3, order[:, None].expand(*frames.shape[:3], -1))
         done = live
     return Spectrum(frames[0], s, frames[1].mT)
 
