@@ -23,7 +23,7 @@ from ..method import merge_method
 from .frames import extend
 
 SMALL = 80  # summed rank up to which decomposing all of the sum costs less than keeping account of what is locked
-FEWEST = 20  # locked columns that are left out of a block of many modules together
+GRAIN = 16  # locked columns are left out of a block so many at a time, that blocks of many modules have one size
 
 
 @merge_method(
@@ -147,8 +147,8 @@ def locked_sum(core: Core, alpha: float) -> Spectrum:
 def sums_side_by_side(batch: Batch, alpha: float, variant: str) -> Spectrum:
     """`projected_sum` of many modules, each step one block of each.
 
-    As in `locked_sum` the block leaves out what is locked, but in quarters of all there is: of modules that lock about
-    as much the blocks have one size, and what is locked inside stays by itself, as nothing is let in beside it. Columns
+    As in `locked_sum` the block leaves out what is locked, but `GRAIN` columns at a time: of modules that lock about as
+    many the blocks have one size, and what is locked inside stays by itself, as nothing is let in beside it. Columns
     are independent, so the frames of what is there hold all of it, and a new update adds as many directions as it has
     columns.
     """
@@ -158,8 +158,8 @@ def sums_side_by_side(batch: Batch, alpha: float, variant: str) -> Spectrum:
         live = done + rank
         inside = frames[..., :done, :done].mT @ new[..., :done, done:live]
         beyond = new[..., done:live, done:live]
-        k, quarter = cuts(s, alpha, variant), max(FEWEST, done // 4)
-        out = k // quarter * quarter if variant == "paper" else torch.zeros_like(k)
+        k = cuts(s, alpha, variant)
+        out = k // GRAIN * GRAIN if variant == "paper" else torch.zeros_like(k)
         s, groups = F.pad(s, (0, rank)), out.unique().tolist()
         for skip in groups:
             which = (out == skip).nonzero().flatten() if len(groups) > 1 else slice(None)
@@ -180,7 +180,8 @@ def sums_side_by_side(batch: Batch, alpha: float, variant: str) -> Spectrum:
             old = frames[:, which, :done, skip:done] @ turn[..., :rest, :]
             frames[:, which, :live, skip:live] = torch.cat([old, turn[..., rest:, :]], 2)
         s, order = s.sort(dim=-1, descending=True, stable=True)
-        frames[..., :live] = frames[..., :live].gather(3, order[:, None].expand(*frames.shape[:3], -1))
+        there = frames[..., :live, :live]
+        there[:] = there.gather(3, order[:, None].expand_as(there))
         done = live
     return Spectrum(frames[0], s, frames[1].mT)
 
