@@ -107,9 +107,10 @@ def test_the_rank(run):
 
 
 def test_the_card():
-    """Neither a card nor the cores beside it were as fast as one core elsewhere; a module is many short calls."""
+    """Neither a card nor the cores beside it were as fast as one core elsewhere; modules are fewer calls together."""
     ran = results("card").set_index("what").value
     assert 0.9 < ran["processor / card"] < 1.1
     assert ran["32 modules on the card"] / 32 > 2 * ran["one thread elsewhere"] / 16
-    adapters = [lo.Adapter({"w": u.to(torch.float16)}) for u in updates(512, 512)]
-    assert 700 < counted(lambda: lo.merge(adapters, "opcm", rank=16))["torch calls"] < 950  # some eight hundred
+    parts = [[u.to(torch.float16) for u in updates(512, 512, seed=i)] for i in range(4)]
+    adapters = [lo.Adapter({str(i): of[t] for i, of in enumerate(parts)}) for t in range(8)]
+    assert counted(lambda: lo.merge(adapters, "opcm", rank=16))["torch calls"] / 4 == pytest.approx(300, rel=0.1)

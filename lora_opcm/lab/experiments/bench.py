@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from ... import LowRank, load_adapter, merge, save_adapter
 from ...files import Adapter
 from ...merging import Core
+from ...merging.batch import Batch
 from ...merging.rules import opcm, project
 from ...streams import ContinualMerger
 from .cost import best, counted, in_turn
@@ -63,39 +64,42 @@ def module(size: int = 4096):
 
 @app.command()
 def work(size: int = 4096):
-    """(d) One module of work, in float16 to rank 16, against the copy of its factors: step by step, and where adapters
-    lack the module, have one random start or one frozen factor. On one thread, as every module is."""
+    """(d) Eight modules of work, in float16 to rank 16, against the copy of their factors: step by step, and where
+    adapters lack the modules, have one random start or one frozen factor. On one thread, as every batch is."""
     torch.set_num_threads(1)
-    half = lambda parts: [u.to(torch.float16) for u in parts]  # noqa: E731
-    eight = half(updates(size, size))
+    drawn = lambda own=1.0: [updates(size, size, seed=i, own=own) for i in range(COUNT)]  # noqa: E731
     cases = {
-        "8 adapters": eight, "two lack it": [*eight[:6], eight[6].zero(), eight[7].zero()],
-        "one random start": half(updates(size, size, own=0.05)), "one frozen factor": half(updates(size, size, own=0)),
+        "8 adapters": drawn(), "two lack it": [[*u[:6], u[6].zero(), u[7].zero()] for u in drawn()],
+        "one random start": drawn(0.05), "one frozen factor": drawn(0.0),
     }  # fmt: skip
-    copy = lambda: [(u.left.clone(), u.right.clone()) for u in eight]  # noqa: E731
-    ways = {
-        name: lambda parts=parts: merge([Adapter({"w": u}) for u in parts], "opcm", rank=RANK)
-        for name, parts in cases.items()
-    }
-    used, ratios = in_turn({"copy": copy} | ways)
-    core = Core.of(eight)
-    total = opcm(core)
+    half = {name: [[u.to(torch.float16) for u in us] for us in modules] for name, modules in cases.items()}
+    merges = {name: partial(merge, adapters_of(modules), "opcm", rank=RANK) for name, modules in half.items()}
+    eight = half["8 adapters"]
+    copy = lambda: [(u.left.clone(), u.right.clone()) for us in eight for u in us]  # noqa: E731
+    used, ratios = in_turn({"copy": copy} | merges)
+    batch = Batch.of(eight)[0]
+    total = opcm(batch)
     steps, _ = in_turn({
-        "conversion": lambda: [(u.left.float(), u.right.float()) for u in eight],
-        "bases and Gram matrices": lambda: Core.of(eight), "projections": lambda: opcm(core),
-        "lift": lambda: core.lift(total, RANK),
+        "conversion": lambda: [(u.left.float(), u.right.float()) for us in eight for u in us],
+        "bases and Gram matrices": lambda: Batch.of(eight), "projections": lambda: opcm(batch),
+        "lift": lambda: batch.lift(total, RANK),
+        "one module alone": partial(merge, adapters_of(eight[:1]), "opcm", rank=RANK),
     })  # fmt: skip
-    counts = {f"{name}: {k}": x for name, way in ways.items() for k, x in counted(way).items()}
+    counts = {f"{name}: {k} a module": x / COUNT for name, way in merges.items() for k, x in counted(way).items()}
     emit(used | ratios | {f"step: {name}": x for name, x in steps.items()} | counts)
+
+
+def adapters_of(modules: list[list[LowRank]]) -> list[Adapter]:
+    """Adapters out of the updates of each module."""
+    return [Adapter({str(i): of[t] for i, of in enumerate(modules)}) for t in range(len(modules[0]))]
 
 
 @app.command()
 def card(device: str = "cuda", size: int = 4096, modules: int = 16):
     """(g) OPCM of 8 adapters of many square modules, cut to rank 16: on the processor, on a card and back, and there
     by one step of the dense algorithm on one module, in turn."""
-    half = lambda u: u.to(torch.float16)  # noqa: E731
     parts = [updates(size, size, seed=i) for i in range(modules)]
-    adapters = [Adapter({str(i): half(of[t]) for i, of in enumerate(parts)}) for t in range(COUNT)]
+    adapters = adapters_of([[u.to(torch.float16) for u in of] for of in parts])
     merged, delta = (u.delta().to(device) for u in parts[0][:2])
     ways = {
         "card": lambda: merge(adapters, "opcm", rank=RANK, device=device),
@@ -233,7 +237,7 @@ def everything(context: typer.Context, size: int = 4096):
             "8 × Llama-2-7B, disk to disk",
             merged | {"times the floor": merged["opcm, s"] / floor_["floor, s"]},
         )
-    report(f"one module of work, {size}²", run("work", "--size", str(size)))
+    report(f"eight modules of work, {size}²", run("work", "--size", str(size)))
     if torch.cuda.is_available():
         report(f"on a card, {size}²", run("card", "--size", str(size)))
     report(f"very many adapters, {size}²", run("many", "--size", str(size)))
