@@ -1,4 +1,5 @@
-"""The same methods on several bases, side by side: all three on the book's texts, SmolLM2 on puzzles too.
+"""The same methods on several bases, side by side, all three on the book's texts, SmolLM2 on puzzles too; and on
+adapters of one base that were trained otherwise.
 
 Gains are recovered gains in per cent with their resamples, shape=[1 + resamples]; the first is no resample.
 """
@@ -12,11 +13,12 @@ from scipy.stats import rankdata
 
 from .evidence import tables
 from .evidence.choice import RULE, ratio
-from .evidence.rows import AS_PUBLISHED
-from .evidence.tables import Evidence, interval
+from .evidence.rows import AS_PUBLISHED, MAIN
+from .evidence.tables import Evidence, Row, interval
 from .generation import tables as generation
 
 PLAIN = "task arithmetic"
+RECIPES = "recipes.xz"  # the outcomes of adapters trained otherwise
 SAID = {"OPCM, α = 0.75": "OPCM", "whitened sum, p = 0.5": "whitened sum"}  # a row of puzzles → the row of texts
 
 
@@ -47,10 +49,10 @@ def elsewhere(base: str = "mpnet") -> Evidence:
     return tables.published(f"{base}.xz")
 
 
-def texts(evidence: Evidence, rank: int | None) -> dict[str, Landed]:
-    """Every row of a bake-off on texts."""
+def texts(evidence: Evidence, rank: int | None, rows: Mapping[tuple, Row] | None = None) -> dict[str, Landed]:
+    """Every row on texts, of the bake-off unless given."""
     found = {}
-    for (label, cut), row in evidence.bake_off.items():
+    for (label, cut), row in (evidence.bake_off if rows is None else rows).items():
         if cut == rank and not row.outcomes[0].trial.natural:
             at = tables.at_step(evidence, row.outcomes, RULE)
             found[label] = Landed(row.draws, float(np.median(row.ratios)), row.draws - at.draws if at else None)
@@ -90,6 +92,16 @@ def bases(rank: int | None = None) -> dict[str, Base]:
         "SmolLM2, likelihood": puzzles(run, rank, "likelihood"),
         "SmolLM2, exact": puzzles(run, rank, "right"),
     }
+
+
+def recipes() -> dict[str, Base]:
+    """Recipe of training → the main rows, as their rank comes, all of one training seed: first the published recipe."""
+    run, other = tables.published(), tables.published(RECIPES)
+    (seed,) = {outcome.trial.seed for outcome in other.outcomes}
+    names = dict.fromkeys(outcome.trial.recipe for outcome in other.outcomes)
+    parts = {name: (other, other.select("robustness", recipe=name)) for name in names}
+    parts = {"published": (run, {(m, None): run.select("bake_off", (seed,))[m, None] for m in MAIN})} | parts
+    return {name: texts(evidence, None, evidence.rows(part)) for name, (evidence, part) in parts.items()}
 
 
 def common(found: Mapping[str, Base]) -> list[str]:
