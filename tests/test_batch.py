@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_opcm as lo
 from lora_opcm import Adapter, LowRank
+from lora_opcm.lab.experiments.cost import counted
 from lora_opcm.merging import Basis, Core, batch, method_of
 from lora_opcm.merging.batch import Batch, batches
 from lora_opcm.merging.rules import opcm
@@ -28,15 +29,14 @@ OPTIONS = {
 CASES = [(name, options) for name in BATCHED for options in OPTIONS.get(name, [{}])]
 
 
-class Calls(TorchDispatchMode):
-    """Calls of torch, and the sizes of what is decomposed."""
+class Sizes(TorchDispatchMode):
+    """The sizes of what is decomposed."""
 
     def __init__(self):
         super().__init__()
-        self.count, self.sizes = 0, []
+        self.sizes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
         if "eigh" in function.name() or "svd" in function.name():
             self.sizes.append(args[0].shape[-1])
         return function(*args, **kwargs or {})
@@ -127,9 +127,7 @@ def test_a_batch_makes_about_as_many_calls_as_one_module():
     counts = {}
     for count in (1, 4, 8):
         some = adapters([[u.to(torch.float16) for u in updates] for updates in modules(count, 8)])
-        with Calls() as calls:
-            lo.merge(some, "opcm", rank=16, dtype=torch.float32)
-        counts[count] = calls.count
+        counts[count] = counted(lambda some=some: lo.merge(some, "opcm", rank=16, dtype=torch.float32))["torch calls"]
     assert counts[8] < 2.5 * counts[1] and counts[8] - counts[4] < counts[1]
 
 
@@ -168,7 +166,7 @@ def test_modules_that_lock_more_and_less_go_together(alpha):
     locked = {cut(torch.linalg.svdvals(Core.of(updates).total()), alpha) for updates in found}
     assert len(locked) == 4
     together = Batch.of(found)[0]
-    with Calls() as calls:
+    with Sizes() as calls:
         spectrum = opcm(together, alpha)
     # a block leaves out the locked quarters, of all modules that lock as many
     assert (calls.sizes[-1] < 96) == (len(calls.sizes) > 8) == (alpha > 0.2)
