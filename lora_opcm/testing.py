@@ -65,7 +65,8 @@ def _claims(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[Claim]
     yield "same bytes", all(_equal(whole[n], again[n]) for n in SHAPES)
     yield from _precision(run, seed, whole)
     if not method.data:
-        more = [a.with_modules(dict(a.items()) | {"another": a["square"] * -0.5}) for a in adapters]
+        others = [f"another {i}" for i in range(torch.get_num_threads())]  # so many that one shares its batch
+        more = [a.with_modules(dict(a.items()) | {n: a["square"] * -0.5 for n in others}) for a in adapters]
         alone, beside = run(adapters, scale=1.0, ragged=True), run(more, scale=1.0, ragged=True)
         yield "a module beside others", all(_equal(alone[n], beside[n]) for n in SHAPES)
 

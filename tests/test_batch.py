@@ -42,6 +42,15 @@ class Sizes(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many threads share a few modules out one by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def modules(count, tasks=5, dtype=torch.float32, m=90, n=70):
     """Updates of several modules of one shape."""
     return [spectra(tasks, m, n, seed=i, dtype=dtype) for i in range(count)]

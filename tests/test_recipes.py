@@ -1,7 +1,7 @@
 """Adapters trained otherwise: gains are counted again from single texts, and the page's words from gains."""
 
-import numpy as np
 import pytest
+from test_travel import by_hand
 
 from lora_opcm.lab import travel
 from lora_opcm.lab.evidence import tables
@@ -14,19 +14,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("travel")]
 @pytest.fixture(scope="module")
 def found():
     return travel.recipes()
-
-
-def by_hand(rows, label, at=None):
-    """Recovered gain, a ratio of means over tasks, by counting."""
-
-    def accuracy(outcome, where):
-        edges = np.cumsum(outcome.sizes["test"])[:-1]
-        return np.mean([part.mean() for part in np.split(outcome.test[where], edges)])
-
-    (row,), (zero,), (own,) = (rows[name, None] for name in (label, "zero-shot", "own adapter"))
-    merged = accuracy(row, row.picked[0] if at is None else (row.picked[0][0], at))
-    low, high = accuracy(zero, (0, 0)), accuracy(own, (0, 0))
-    return 100 * (merged - low) / (high - low)
 
 
 def test_gains_are_counted_from_texts(found):
