@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lora_opcm import parallel
-from lora_opcm.parallel import WORTH, parallel_map
+from lora_opcm.parallel import parallel_map
+
+WORTH = 10.0  # seconds of the clock
 
 
 @pytest.fixture(params=[2, 4])
@@ -22,7 +24,7 @@ def threads(request):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Every item says by its number how long it worked."""
+    """Every item says how long it worked. No thread is added because the machine is slow to wake one."""
     worked = threading.local()
 
     class Clock:
@@ -34,6 +36,7 @@ def clock(monkeypatch):
         worked.seconds = Clock.thread_time() + seconds
 
     monkeypatch.setattr(parallel, "time", Clock)
+    monkeypatch.setattr(parallel, "WORTH", WORTH)
     return work
 
 
