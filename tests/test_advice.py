@@ -7,8 +7,10 @@ import torch
 import lora_opcm as lo
 from lora_opcm.files.shipped import results
 from lora_opcm.lab import travel
+from lora_opcm.lab.bases import shapes
 from lora_opcm.lab.evidence import tables
 from lora_opcm.lab.evidence.choice import RULE, ratio
+from lora_opcm.lab.evidence.rows import MAIN
 from lora_opcm.lab.experiments.cost import counted
 from lora_opcm.lab.experiments.peers import updates
 
@@ -104,6 +106,25 @@ def test_the_rank(run):
         low, high = tables.interval(found[label].draws - run.row(run.select("bake_off", (4,))[label, None]).draws)
         assert low < 0 < high, label
     assert len(found) == 8
+
+
+def test_adapters_of_more_rank_than_a_layer_has(run):
+    """Eight of rank 64 are 512 directions of 384."""
+    layers = shapes.linear_shapes(shapes.build("MiniLM")).values()
+    assert max(min(shape) for shape in layers) == 384
+    other = tables.published(travel.RECIPES)
+    found = {label: each for (label, _), each in other.select("robustness", recipe="rank 64").items()}
+    rows = {label: other.row(found[label]) for label in MAIN}
+    more = {m: rows[m].draws - run.row(run.select("bake_off", (4,))[m, None]).draws for m in MAIN}
+    over = {m: tables.interval(draws) for m, draws in more.items()}
+    assert over["TSV"][1] < 0 and all(low < 0 < high for m, (low, high) in over.items() if m != "TSV")
+    assert all(more[m][0] < -3 for m in ("OPCM", "task arithmetic")) and more["TSV"][0] < -5
+    assert all(more[m][0] > 0 for m in ("Iso-C", "whitened sum"))
+    (tsv,) = found["TSV"]
+    assert tsv.trial.options[tsv.picked[0][0]] == {"directions": 8}
+    assert [float(rows[m].ratios[0]) for m in ("task arithmetic", "whitened sum")] == pytest.approx([1, 8**0.5])
+    plain = rows["task arithmetic"].draws - tables.at_step(other, found["task arithmetic"], RULE).draws
+    assert plain[0] > 10 and tables.interval(plain)[0] > 0
 
 
 def test_the_card():

@@ -95,10 +95,10 @@ def bases(rank: int | None = None) -> dict[str, Base]:
 
 
 def recipes() -> dict[str, Base]:
-    """Recipe of training → the main rows, as their rank comes, all of one training seed: first the published recipe."""
+    """Recipe of training → the main rows, as ranks come, all of rank 16 and one seed: first the published recipe."""
     run, other = tables.published(), tables.published(RECIPES)
     (seed,) = {outcome.trial.seed for outcome in other.outcomes}
-    names = dict.fromkeys(outcome.trial.recipe for outcome in other.outcomes)
+    names = [name for name in dict.fromkeys(o.trial.recipe for o in other.outcomes) if not name.startswith("rank")]
     parts = {name: (other, other.select("robustness", recipe=name)) for name in names}
     parts = {"published": (run, {(m, None): run.select("bake_off", (seed,))[m, None] for m in MAIN})} | parts
     return {name: texts(evidence, None, evidence.rows(part)) for name, (evidence, part) in parts.items()}
