@@ -21,12 +21,12 @@ def test_counts_are_of_one_call():
 
 
 def test_counts_are_of_all_threads():
-    numbers = [torch.ones(3)] * 5
+    numbers, before = [torch.ones(3)] * 5, torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         assert counted(lambda: parallel_map(torch.abs, numbers))["torch calls"] == 5
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
 
 
 def test_ratios_are_the_median_of_rounds_in_turn_without_the_first(monkeypatch):
