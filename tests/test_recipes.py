@@ -1,5 +1,6 @@
 """Adapters trained otherwise: gains are counted again from single texts, and the page's words from gains."""
 
+import numpy as np
 import pytest
 from test_travel import by_hand
 
@@ -18,9 +19,9 @@ def found():
 
 def test_gains_are_counted_from_texts(found):
     other = tables.published(travel.RECIPES)
-    assert list(found) == ["published", "q and v", "one start"]
+    assert list(found) == ["published", "q and v", "one start", "uneven"]
     assert {o.trial for o in other.outcomes} <= set(robustness(4))
-    for name in ("q and v", "one start"):
+    for name in ("q and v", "one start", "uneven"):
         rows = other.select("robustness", recipe=name)
         assert {label for label, _ in rows} == {*MAIN, "zero-shot", "own adapter"}
         for label in MAIN:
@@ -30,6 +31,23 @@ def test_gains_are_counted_from_texts(found):
             assert landed.scale == ratio(outcome.picked[0][1])
     whole = tables.published().select("bake_off", (4,))
     assert all(found["published"][label].gain[0] == pytest.approx(by_hand(whole, label)) for label in MAIN)
+
+
+def test_halves_are_counted_from_texts():
+    """Every second task has the longer adapter."""
+    theirs = tables.published(travel.RECIPES).select("robustness", recipe="uneven")
+    ours = tables.published().select("bake_off", (4,))
+    found = travel.longer()
+    assert list(found.index) == list(MAIN)
+    for label, row in found.iterrows():
+        kept = {
+            name: [by_hand(of, label, tasks=slice(i, None, 2)) for i in (1, 0)]
+            for name, of in (("published", ours), ("uneven", theirs))
+        }
+        for name, (longer, others) in kept.items():
+            assert row[f"longer, {name}"] == pytest.approx(longer) and row[f"others, {name}"] == pytest.approx(others)
+        assert row.value == pytest.approx(-np.subtract(*map(np.subtract, *kept.values())))
+        assert row.low < row.value < row.high
 
 
 def test_what_the_page_says(found):
@@ -44,9 +62,17 @@ def test_what_the_page_says(found):
     ahead = travel.ahead({"q and v": found["q and v"]}, "Iso-C").set_index("method")
     assert all(ahead.high[label] > 0 for label in ("TSV", "OPCM", "whitened sum"))  # not surely before them
     lengths = travel.lengths(found)
-    assert (lengths.loc[["TSV", "OPCM"]] == 2).all(axis=None)
+    assert (lengths.loc["TSV"] == 2).all() and list(lengths.columns[lengths.loc["OPCM"] != 2]) == ["uneven"]
+    assert abs(found["uneven"]["OPCM"].lost[0]) < 0.5
+    assert lengths["uneven"]["task arithmetic"] == lengths["one start"]["task arithmetic"] / 2 == 1
     for label in ("Iso-C",):
         assert lengths["q and v"][label] > lengths["published"][label] > 2
     assert lengths["q and v"]["task arithmetic"] < 2
-    for name in ("published", "one start"):  # whitening is ahead of addition here as there
+    for label in MAIN:  # neither surely less nor surely more where half were trained longer
+        low, high = tables.interval(found["uneven"][label].gain - found["published"][label].gain)
+        assert low < 0 < high, label
+    assert travel.agreement(found).query("one == 'published' and other in ('one start', 'uneven')").value.min() > 0.9
+    sides = travel.longer()
+    assert list(sides.index[sides.low > 0]) == ["TIES"] and list(sides.index[sides.high < 0]) == ["Iso-C"]
+    for name in ("published", "one start", "uneven"):  # whitening is ahead of addition here as there
         assert gain[name]["TSV"] > gain[name]["task arithmetic"] + 8

@@ -18,12 +18,12 @@ def found():
     return travel.bases()
 
 
-def by_hand(rows, label, at=None):
-    """Recovered gain of a row of one outcome on all tasks, a ratio of means over tasks, by counting."""
+def by_hand(rows, label, at=None, tasks=slice(None)):
+    """Recovered gain of a row of one outcome on its tasks, or some, a ratio of means over tasks, by counting."""
 
     def accuracy(outcome, where):
         edges = np.cumsum(outcome.sizes["test"])[:-1]
-        return np.mean([part.mean() for part in np.split(outcome.test[where], edges)])
+        return np.mean([part.mean() for part in np.split(outcome.test[where], edges)[tasks]])
 
     (row,), (zero,), (own,) = (rows[name, None] for name in (label, "zero-shot", "own adapter"))
     merged = accuracy(row, row.picked[0] if at is None else (row.picked[0][0], at))

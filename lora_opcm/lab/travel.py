@@ -13,9 +13,11 @@ from scipy.stats import rankdata
 
 from .evidence import tables
 from .evidence.choice import RULE, ratio
+from .evidence.recipes import UNEVEN, source
 from .evidence.rows import AS_PUBLISHED, MAIN
 from .evidence.tables import Evidence, Row, interval
 from .generation import tables as generation
+from .tasks import tasks
 
 PLAIN = "task arithmetic"
 RECIPES = "recipes.xz"  # the outcomes of adapters trained otherwise
@@ -102,6 +104,27 @@ def recipes() -> dict[str, Base]:
     parts = {name: (other, other.select("robustness", recipe=name)) for name in names}
     parts = {"published": (run, {(m, None): run.select("bake_off", (seed,))[m, None] for m in MAIN})} | parts
     return {name: texts(evidence, None, evidence.rows(part)) for name, (evidence, part) in parts.items()}
+
+
+def longer(recipe: str = UNEVEN) -> pd.DataFrame:
+    """What the main rows keep of the tasks whose adapters `recipe` trained longer, and of the others, in per cent.
+
+    Beside what they keep of the same tasks under the published recipe; `value` is how much more the recipe favours the
+    first over the others than the published one does, with its 95 % interval over texts.
+    """
+    run, other = tables.published(), tables.published(RECIPES)
+    theirs = other.select("robustness", recipe=recipe)
+    ours = run.select("bake_off", (theirs[PLAIN, None][0].trial.seed,))
+    long = [i for i, task in enumerate(tasks()) if source(recipe, task) != "published"]
+    halves = {"longer": long, "others": [i for i in range(len(tasks())) if i not in long]}
+    rows = {}
+    for label in MAIN:
+        found = {"published": run.row(ours[label, None]), recipe: other.row(theirs[label, None])}
+        kept = {(half, name): row.of(which) for half, which in halves.items() for name, row in found.items()}
+        apart = {name: kept["longer", name] - kept["others", name] for name in found}
+        more = span(apart[recipe] - apart["published"])
+        rows[label] = {f"{half}, {name}": x[0] for (half, name), x in kept.items()} | more
+    return pd.DataFrame(rows).T
 
 
 def common(found: Mapping[str, Base]) -> list[str]:

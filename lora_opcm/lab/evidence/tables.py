@@ -88,8 +88,12 @@ class Row:
     @cached_property
     def draws(self) -> np.ndarray:
         """Recovered gain in per cent, a ratio of means over tasks and seeds, shape=[1 + resamples]."""
+        return self.of(slice(None))
+
+    def of(self, tasks: slice | Sequence[int]) -> np.ndarray:
+        """As `draws`, of some of its tasks."""
         share = seed_weights(len(self.outcomes)).T
-        kept, whole = (((x - self.zero).mean(2) * share).sum(0) for x in (self.accuracy, self.own))
+        kept, whole = (((x - self.zero)[..., tasks].mean(2) * share).sum(0) for x in (self.accuracy, self.own))
         return 100 * kept / whole
 
     @property
