@@ -179,9 +179,15 @@ def swipe(page, x, y, up=160):
     return page.evaluate("window.scrollY") - before
 
 
+# Colours of buttons and links pass over into the other theme's, on a busy machine long after they were told to.
+PASSED = """() => new Promise(frame => requestAnimationFrame(() => requestAnimationFrame(frame))).then(() =>
+    Promise.allSettled(document.getAnimations().filter(a => a instanceof CSSTransition).map(a => a.finished)))"""
+
+
 def themes(page):
-    """The page in light, then in dark, each once its figures have taken the colours."""
+    """The page in light, then in dark, each once its figures and all else have taken the colours."""
     for theme in ("light", "dark"):
         page.evaluate("t => document.documentElement.dataset.theme = t", theme)
         page.wait_for_timeout(400)
+        page.evaluate(PASSED)
         yield theme
