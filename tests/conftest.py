@@ -20,6 +20,15 @@ DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 SITE_TALLY = pytest.StashKey()  # Counter of what the tests of the site looked at, in this process
 
 
+@pytest.fixture
+def one_thread():
+    """Torch with one thread, and after it with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def site_pages(*with_any):
     """Pages of the built site that a reader is led to; with words, those that hold one of them."""
     if not SITE.exists():

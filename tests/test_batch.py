@@ -42,13 +42,7 @@ class Sizes(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many threads share a few modules out one by one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # many share a few modules out one by one
 
 
 def modules(count, tasks=5, dtype=torch.float32, m=90, n=70):

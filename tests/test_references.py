@@ -33,13 +33,8 @@ RANKS = (3, 4, 2)
 WEIGHTS = (0.7, -1.3, 2.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine threads that wait for each other make matrices this small ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# On a busy machine threads that wait for each other make matrices this small ten times slower.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adapters_of(dtype, ranks=RANKS, seed=0):
