@@ -1,6 +1,9 @@
 """What the pages of advice say in words, counted again from the outcomes: sentences that other results would make
 false."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from lora_opcm.lab.evidence.choice import RULE, ratio
 from lora_opcm.lab.evidence.rows import MAIN
 from lora_opcm.lab.experiments.cost import counted
 from lora_opcm.lab.experiments.peers import updates
+from lora_opcm.lab.tasks import tasks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("travel")]  # resamples of three runs, drawn once
 LEADERS = {"sequential whitening", "TSV", "whitened sum", "OPCM"}
@@ -31,6 +35,26 @@ def behind(run, rank):
     }
     first = tables.favourite(merges)
     return first, tables.summary(merges, first)
+
+
+def test_eight_adapters(run):
+    own = [
+        o for o in run.outcomes if o.trial.part == "bake_off" and o.trial.method == "own" and o.trial.seed in run.seeds
+    ]
+    (right,) = zip(*(o.test.values() for o in own), strict=True)  # shape=[seeds, texts], task after task
+    assert len(own) == 5
+    each = np.stack([np.add.reduceat(bits, np.cumsum([0, *own[0].sizes["test"][:-1]])) for bits in right])
+    each = 100 * each / own[0].sizes["test"]
+    assert each.std(0, ddof=1).max() < each.mean(0).std(ddof=1) / 3  # of no task does the seed change much
+    start, quarter, end = [], [], []
+    for task in tasks():
+        history = json.loads((lo.adapter_path(task) / "history.json").read_text())
+        found = {h["step"]: h["eval_accuracy"] for h in history if "eval_accuracy" in h}
+        quarter.append(found[25])
+        end.append(found[100])
+        start.append(json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())[task]["zero_shot"])
+    gained = np.mean(np.subtract(quarter, start)) / np.mean(np.subtract(end, start))
+    assert gained > 0.7  # "most", of steps or of tasks
 
 
 def test_which_method(run):

@@ -1,7 +1,7 @@
 """`python tools/cards.py`: write the model card of every shipped adapter from what its files say.
 
-Settings come from `adapter_config.json` and `manifest.json`, accuracies from `results/eight_adapters.csv`, classes from
-the task. Nothing is typed here but sentences.
+Settings and accuracies come from `adapter_config.json` and `manifest.json`, classes from the task. Nothing is typed
+here but sentences.
 """
 
 import hashlib
@@ -30,15 +30,11 @@ def task_of(name: str) -> str:
     return name.removeprefix("same-start-").split("-qv-")[0]
 
 
-def accuracy(data: Path, name: str, seed: int) -> str:
-    """What the published table says of an adapter of the eight."""
-    import pandas as pd
-
-    table = pd.read_csv(data / "results" / "eight_adapters.csv")
-    row = table[(table.task == name) & (table.seed == seed)].iloc[0]
+def accuracy(entry: Record) -> str:
+    """What the manifest says of an adapter of the eight."""
     return (
-        f"On all {row.texts:,} texts of the test part it is right in {row.own:.1%}, the base model without it in"
-        f" {row['zero-shot']:.1%} (`results/eight_adapters.csv`)."
+        f"On all texts of the test part it is right in {entry.own:.1%}, the base model without it in"
+        f" {entry.zero_shot:.1%}."
     ).replace("%", " %")
 
 
@@ -65,7 +61,7 @@ def card(folder: Path, entry: Record | None) -> str:
         f"A LoRA of rank {config['r']} (α = {config['lora_alpha']}) on {base.split('/')[-1]}, for {texts} in"
         f" {len(recipe.classes)} classes: {', '.join(recipe.classes.values())}. A text gets the class whose sentence"
         f" (“{recipe.template.format('…').rstrip('.')}”) has the nearest embedding, the mean over tokens, normalised.",
-        variant or accuracy(folder.parents[1], folder.name, entry.seed),
+        variant or accuracy(entry),
         *([training(entry)] if entry else []),
         "```python\n"
         "from peft import PeftModel\n"
