@@ -60,7 +60,7 @@ INSIDE = {
     "geometry": "frames angles geodesics overlap means",
     "files": "names adapter format peft experts full joint paired refusals parts kohya diffusers table disk expanded"
     " updates read write live placed fuse bundle shipped",
-    "merging": "core batch method remarks rules space sketch merge plan shards",
+    "merging": "core batch method remarks rules space sketch counts merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges tune app",
     "lab": "assets gguf embedded tasks bases attach protocol evaluation training train experiments evidence generation"

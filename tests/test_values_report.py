@@ -111,14 +111,21 @@ MACHINE = Machine(1e6, 1e7, 1e8)
 
 def test_a_plan_counts_bytes_and_operations_of_a_small_layer():
     """By hand, for one layer of 24×16 and ranks 3 + 4 = 7."""
-    plan = lo.plan({"w": (24, 16)}, "cat", count=2, ranks=[3, 4], dtype=torch.float16, machine=MACHINE)
+    layer = {"count": 2, "ranks": [3, 4], "dtype": torch.float16, "machine": MACHINE}
+    plan = lo.plan({"w": (24, 16)}, "mean", **layer)
     assert (plan.modules, plan.summed_rank, plan.rank) == (1, 7, 7)
     assert plan.read == (24 + 16) * 7 * 2 == plan.written
     assert plan.products == (24 + 16) * 7**2 + 2 * (24 + 16) * 7 * 7  # Gram matrices, lift
     cholesky = 2 * (2 / 3 * 7**3 + 3 * 2e6)
     assert plan.factorisations == pytest.approx(cholesky + 2 * 7**3 + (2 * 7**3 + 11 * 7**3 + 2e6))
-    seconds = (plan.read + plan.written) / 1e6 + plan.products / 1e7 + plan.factorisations / 1e8
+    passed = 40 * 7 * 30  # until the factors stand side by side; and a module makes calls for 1.6e7 operations
+    seconds = (plan.read + plan.written + passed) / 1e6 + plan.products / 1e7 + (plan.factorisations + 1.6e7) / 1e8
     assert plan.seconds == pytest.approx(seconds)
+    stored = lo.plan({"w": (24, 16)}, "cat", **layer)  # factors side by side, with no arithmetic
+    assert (stored.products, stored.factorisations, stored.written) == (0, 0, plan.written)
+    assert stored.seconds == pytest.approx((stored.read + stored.written) / 1e6 + 1.6e7 / 1e8)
+    cut, whole = (lo.plan({"w": (24, 16)}, method, **layer, rank=2) for method in ("cat", "opcm"))
+    assert cut.products == whole.products == (24 + 16) * 7**2 + 2 * (24 + 16) * 7 * 2  # only what is kept is lifted
     held = 40 * 7 * 12 + (2 + 6) * 7 * 7 * 8
     assert plan.peak == plan.read + 8 * 40 * 7 + torch.get_num_threads() * held
 
@@ -141,9 +148,9 @@ def test_a_plan_for_entries_forms_the_layer():
     plan = lo.plan({"w": (24, 16)}, "ties", count=2, ranks=[3, 4], machine=MACHINE)
     assert plan.products == 2 * 24 * 16 * 7
     # 140 bytes pass by for every entry of both adapters, see `PASSES`.
-    passed = 2 * 24 * 16 * 140
+    passed = 2 * 24 * 16 * 140 + 40 * 7 * 30
     assert plan.seconds == pytest.approx(
-        (plan.read + plan.written + passed) / 1e6 + plan.products / 1e7 + plan.factorisations / 1e8
+        (plan.read + plan.written + passed) / 1e6 + plan.products / 1e7 + (plan.factorisations + 1.6e7) / 1e8
     )
 
 
