@@ -75,6 +75,12 @@ def test_long_items_have_all_threads(threads, clock):
     assert max(most) == threads
 
 
+def test_short_items_have_all_threads_from_the_first_on_if_they_are_to(threads, clock):
+    """Each waits for all the others of its round."""
+    together = threading.Barrier(threads, timeout=20)
+    assert len(parallel_map(lambda _: together.wait(), range(3 * threads), worth=0)) == 3 * threads
+
+
 @pytest.mark.parametrize("seconds, expected", [(1.4 * WORTH, 1), (2.2 * WORTH, 2), (3.1 * WORTH, 3)])
 def test_a_thread_more_for_every_so_many_seconds(seconds, expected, clock):
     before = torch.get_num_threads()
