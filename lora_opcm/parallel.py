@@ -52,7 +52,7 @@ def _results(pool: ThreadPoolExecutor, function: Callable, items: list, threads:
 
     done: dict = {}
     running: set[Future] = set()
-    left, side_by_side, known = iter(range(len(items))), 1 if worth else threads, False
+    left, side_by_side, known = iter(range(len(items))), 1, False
     for i in range(len(items)):
         while i not in done:
             begun = list(islice(left, max(0, side_by_side - len(running))))
