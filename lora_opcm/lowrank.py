@@ -199,5 +199,7 @@ def rounded(update: LowRank, dtype: torch.dtype) -> LowRank:
         return new
     sizes = [torch.linalg.vector_norm(x, dim=0, dtype=torch.float64) for x in (update.left, update.right.mT)]
     shift = ((sizes[1] / sizes[0]).log2() / 2).round().nan_to_num(0, 0, 0)
+    if not shift.any():
+        return new
     left, right = update.left.double() * 2**shift, update.right.double() * 2 ** -shift[:, None]
     return LowRank(left.to(dtype), right.to(dtype))
