@@ -524,6 +524,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(tiny, tmp_path):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(2400)  # a quarter of an hour on two cores that do other things, too
 def test_the_gpu_profile_rehearses_from_data_to_page(tmp_path):
     """Checkpoints, training killed once and resumed, merges, evaluation, notebooks, pages: all on one CPU."""
     import shutil

@@ -19,9 +19,9 @@ def found():
 
 def test_gains_are_counted_from_texts(found):
     other = tables.published(travel.RECIPES)
-    assert list(found) == ["published", "q and v", "one start", "uneven"]
+    assert list(found) == ["published", "q and v", "one start", "uneven", "400 steps"]
     assert {o.trial for o in other.outcomes} <= set(robustness(4))
-    for name in ("q and v", "one start", "uneven"):
+    for name in ("q and v", "one start", "uneven", "400 steps"):
         rows = other.select("robustness", recipe=name)
         assert {label for label, _ in rows} == {*MAIN, "zero-shot", "own adapter"}
         for label in MAIN:
@@ -62,17 +62,34 @@ def test_what_the_page_says(found):
     ahead = travel.ahead({"q and v": found["q and v"]}, "Iso-C").set_index("method")
     assert all(ahead.high[label] > 0 for label in ("TSV", "OPCM", "whitened sum"))  # not surely before them
     lengths = travel.lengths(found)
-    assert (lengths.loc["TSV"] == 2).all() and list(lengths.columns[lengths.loc["OPCM"] != 2]) == ["uneven"]
+    assert list(lengths.columns[lengths.loc["TSV"] != 2]) == ["400 steps"]
+    assert list(lengths.columns[lengths.loc["OPCM"] != 2]) == ["uneven", "400 steps"]
+    shorter = lengths["400 steps"] / lengths["published"]
+    assert shorter.round(3).isin([0.5, 0.707]).all()  # by half or by a root of two
+    run, other = tables.published(), tables.published(travel.RECIPES)
+    mean = {
+        name: of["TSV", None][0].mean
+        for name, of in (
+            ("published", run.select("bake_off", (4,))), ("400 steps", other.select("robustness", recipe="400 steps"))
+        )
+    }  # fmt: skip
+    longer = mean["400 steps"] / mean["published"]
+    assert 1.7 < longer < 2  # nearly twice as long
+    assert (longer * shorter).between(0.9, 1.35).all()  # so that what is chosen is about as long as it was
+    for label in ("task arithmetic", "OPCM"):  # for which two is too long then
+        assert found["400 steps"][label].lost[0] > 10 and tables.interval(found["400 steps"][label].lost)[0] > 0, label
     assert abs(found["uneven"]["OPCM"].lost[0]) < 0.5
     assert lengths["uneven"]["task arithmetic"] == lengths["one start"]["task arithmetic"] / 2 == 1
     for label in ("Iso-C",):
         assert lengths["q and v"][label] > lengths["published"][label] > 2
     assert lengths["q and v"]["task arithmetic"] < 2
-    for label in MAIN:  # neither surely less nor surely more where half were trained longer
-        low, high = tables.interval(found["uneven"][label].gain - found["published"][label].gain)
-        assert low < 0 < high, label
-    assert travel.agreement(found).query("one == 'published' and other in ('one start', 'uneven')").value.min() > 0.9
+    for name in ("uneven", "400 steps"):  # neither surely less nor surely more where half or all were trained longer
+        for label in MAIN:
+            low, high = tables.interval(found[name][label].gain - found["published"][label].gain)
+            assert low < 0 < high, (name, label)
+    order = travel.agreement(found).query("one == 'published'").set_index("other").value
+    assert order[["one start", "uneven", "400 steps"]].min() > 0.9
     sides = travel.longer()
     assert list(sides.index[sides.low > 0]) == ["TIES"] and list(sides.index[sides.high < 0]) == ["Iso-C"]
-    for name in ("published", "one start", "uneven"):  # whitening is ahead of addition here as there
+    for name in ("published", "one start", "uneven", "400 steps"):  # whitening is ahead of addition here as there
         assert gain[name]["TSV"] > gain[name]["task arithmetic"] + 8
