@@ -46,6 +46,29 @@ def test_the_published_table_is_of_the_published_pairs():
     assert [outcome.trial.tasks for outcome in measured] == list(table.index)
 
 
+def test_chance_is_what_random_updates_of_these_shapes_show():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [u.shape for u in lo.load_adapter(lo.adapter_path("tweets")).values()]
+    a, b = (adapter_of(generator, shapes, 16) for _ in range(2))
+    shown, expected = pd.Series(predictors.predictors(a, b)), predictors.chance()
+    assert list(expected.index) == ["|cosine|", "φ outputs", "φ inputs"]
+    assert (shown[expected.index] / expected).between(0.7, 1.3).all(), shown
+
+
+def test_adapters_with_shuffled_labels_overlap_more():
+    """The words of *Overlap*; the control is of the tasks, starts and pairs of the adapters it is compared with."""
+    found = predictors.controlled()
+    assert list(found["true"].index) == list(found["shuffled"].index) == list(combinations(tasks(), 2))
+    table = pd.read_csv(lo.data_dir() / "results" / "control.csv")
+    assert len(set("+".join(table.adapters).split("+"))) == 16 and set(table.seed) == {4}
+    mean = {labels: each.mean() / predictors.chance() for labels, each in found.items()}
+    assert 1 < mean["true"]["φ outputs"] < mean["shuffled"]["φ outputs"]
+    assert mean["shuffled"]["|cosine|"] > 3 * mean["true"]["|cosine|"]  # larger by far
+    cosine = found["shuffled"]["|cosine|"]
+    news = np.array([a.startswith("ng-") and b.startswith("ng-") for a, b in cosine.index])
+    assert cosine[news].mean() > 1.5 * cosine[~news].mean() and news[cosine.argmax()]
+
+
 def test_the_correlation_is_of_ranks_and_its_interval_is_of_tasks():
     """By plain loops: a pair counts as often as both of its tasks were drawn, with the losses of that resample."""
     rng = np.random.default_rng(2)

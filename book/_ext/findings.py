@@ -162,6 +162,11 @@ def predictors() -> dict[str, tuple[float, float, float]]:
     return {name: measures.correlation(measure, lost) for name, measure in measures.published().items()}
 
 
+def control() -> dict[str, float]:
+    """φ of outputs over its null, the mean of pairs of adapters, by whether their labels were "true" or "shuffled"."""
+    return {name: (table / measures.chance())["φ outputs"].mean() for name, table in measures.controlled().items()}
+
+
 @cache
 def few_texts(count: int = 20) -> pd.Series:
     """Points of accuracy lost where so few validation texts a task choose, over the main rows of the first seed: the

@@ -171,6 +171,7 @@ def of_overlaps() -> dict[str, str]:
         "overlap directions": word(int(found.k.iloc[0])), "modules": str(found.module.nunique()),
         "outputs/largest": plain(by_module.max()), "outputs/largest module": by_module.idxmax().replace("encoder.", ""),
         "overlap seeds": word(found.seed.nunique()),
+        **{f"control/{labels}": plain(times) for labels, times in findings.control().items()},
         "predictors": word(len(rho)), "predictor": told(top), "predictor/rho": plain(rho[top][0], 2),
         "predictor/interval": between(*rho[top][1:], lambda x: plain(x, 2)),
     }  # fmt: skip

@@ -1,7 +1,8 @@
 """What the weights of two adapters say of their overlap, and whether that foretells what a merge of the two loses.
 
 `python -m lora_opcm.lab.evidence.predictors FOLDER` writes the table that stands in data/results beside the outcomes of
-the same adapters, which are too large to ship.
+the same adapters, which are too large to ship; with `--control` that of adapters whose labels were shuffled, beside
+those of the same tasks, starts and texts with labels that are right.
 """
 
 from itertools import combinations
@@ -13,10 +14,11 @@ import pandas as pd
 import typer
 from scipy.stats import spearmanr
 
-from ...files import Adapter
+from ...files import Adapter, load_adapter
 from ...files.paired import similarity
-from ...files.shipped import results
+from ...files.shipped import adapter_path, results
 from ...lowrank import LowRank
+from ..experiments.adapters import contents
 from ..experiments.results import save_results
 from ..tasks import tasks
 from . import recipes, tables
@@ -24,6 +26,7 @@ from .choice import Candidate
 
 COLUMNS = ("|cosine|", "φ outputs", "φ inputs", "φ product", "weighted inputs", "weighted outputs")
 K = 8  # leading directions that φ compares
+CONTROL = "shuffled labels"
 
 
 def weighted(x: LowRank, y: LowRank) -> tuple[float, float]:
@@ -77,21 +80,41 @@ def correlation(measure: pd.Series, lost: np.ndarray, count: int = 2000) -> tupl
 def main(
     folder: Annotated[Path, typer.Argument(help="of a run, with its adapters")],
     seed: Annotated[int, typer.Option(help="of training")] = 1,
+    control: Annotated[bool, typer.Option(help="of the tasks that were learned with shuffled labels, too")] = False,
     to: Annotated[Path, typer.Option(help="a folder")] = Path("data/results"),
 ):
-    """Write the table of all pairs of the eight tasks."""
-    adapters = {task: recipes.adapter(str(folder), "published", seed, task) for task in tasks()}
-    rows = [
-        {"first": a, "second": b, "seed": seed, "adapters": f"{adapters[a].id[:8]}+{adapters[b].id[:8]}"}
-        | predictors(adapters[a], adapters[b])
-        for a, b in combinations(tasks(), 2)
-    ]
-    save_results(pd.DataFrame(rows), to, "predictors", profile="gpu")
+    """Write the table of all pairs of the eight tasks, or of the control."""
+    kinds = ("published", CONTROL) if control else ("published",)
+    names = [task for task in tasks() if all(recipes.there(folder, kind, seed, task) for kind in kinds)]
+    rows = []
+    for kind in kinds:
+        adapters = {task: recipes.adapter(str(folder), kind, seed, task) for task in names}
+        rows += [
+            {"first": a, "second": b, "seed": seed, "adapters": contents([adapters[a], adapters[b]])}
+            | predictors(adapters[a], adapters[b])
+            | ({"recipe": kind} if control else {})
+            for a, b in combinations(names, 2)
+        ]
+    save_results(pd.DataFrame(rows), to, "control" if control else "predictors", profile="gpu")
 
 
 def published() -> pd.DataFrame:
     """The table that ships with the package, shape=[pairs, 6], indexed by the two tasks."""
     return results("predictors").set_index(["first", "second"])[list(COLUMNS)]
+
+
+def controlled() -> dict[str, pd.DataFrame]:
+    """As `published`, of the pairs of the control: with the labels as they are, and with shuffled ones."""
+    table = results("control").set_index(["first", "second"])
+    kinds = {"true": "published", "shuffled": CONTROL}
+    return {name: table[table.recipe == kind][list(COLUMNS)] for name, kind in kinds.items()}
+
+
+def chance() -> pd.Series:
+    """What unrelated updates of the shapes of the shipped adapters would show, of the first three measures."""
+    m, n = np.array([u.shape for u in load_adapter(adapter_path(tasks()[0])).values()]).T
+    cosine = np.sqrt(2 / np.pi / (m * n))  # the mean size of a normal number of variance 1 / mn
+    return pd.Series(dict(zip(COLUMNS, (cosine.mean(), (K / m).mean(), (K / n).mean()), strict=False)))
 
 
 if __name__ == "__main__":
