@@ -2,7 +2,9 @@
 false."""
 
 import json
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ from lora_opcm.lab.evidence.rows import MAIN
 from lora_opcm.lab.experiments.cost import counted
 from lora_opcm.lab.experiments.peers import updates
 from lora_opcm.lab.tasks import tasks
+from lora_opcm.merging.plan import Machine
 
+ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("travel")]  # resamples of three runs, drawn once
 LEADERS = {"sequential whitening", "TSV", "whitened sum", "OPCM"}
 
@@ -46,15 +50,15 @@ def test_eight_adapters(run):
     each = np.stack([np.add.reduceat(bits, np.cumsum([0, *own[0].sizes["test"][:-1]])) for bits in right])
     each = 100 * each / own[0].sizes["test"]
     assert each.std(0, ddof=1).max() < each.mean(0).std(ddof=1) / 3  # of no task does the seed change much
+    manifest = json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())
     start, quarter, end = [], [], []
     for task in tasks():
         history = json.loads((lo.adapter_path(task) / "history.json").read_text())
         found = {h["step"]: h["eval_accuracy"] for h in history if "eval_accuracy" in h}
+        start.append(manifest[task]["zero_shot"])
         quarter.append(found[25])
         end.append(found[100])
-        start.append(json.loads((lo.data_dir() / "adapters" / "manifest.json").read_text())[task]["zero_shot"])
-    gained = np.mean(np.subtract(quarter, start)) / np.mean(np.subtract(end, start))
-    assert gained > 0.7  # "most", of steps or of tasks
+    assert np.mean(np.subtract(quarter, start)) > np.mean(np.subtract(end, start)) / 2  # most of the gain
 
 
 def test_which_method(run):
@@ -159,3 +163,20 @@ def test_the_card():
     parts = [[u.to(torch.float16) for u in updates(512, 512, seed=i)] for i in range(4)]
     adapters = [lo.Adapter({str(i): of[t] for i, of in enumerate(parts)}) for t in range(8)]
     assert counted(lambda: lo.merge(adapters, "opcm", rank=16))["torch calls"] / 4 == pytest.approx(300, rel=0.1)
+
+
+def test_at_scale():
+    """Planned beside measured seconds, and what a card gains by counts, with the machines of the page."""
+    exact = results("cost").query("what == 'exact'")
+    assert (exact.planned / exact.seconds).between(1 / 1.6, 1.6).all()
+    page = nbformat.read(ROOT / "book" / "practice" / "at_scale.ipynb", 4)
+    lines = [line for cell in page.cells for line in cell.source.splitlines()]
+    machines = {"Machine": Machine}
+    for name in ("two_cores", "sixteen", "a100"):
+        exec(next(line for line in lines if line.startswith(f"{name} = ")), machines)
+    for name in shapes.CONFIGS:
+        layers = shapes.linear_shapes(shapes.build(name))
+        two, sixteen, card = (
+            lo.plan(layers, "opcm", rank=16, machine=machines[m]).seconds for m in ("two_cores", "sixteen", "a100")
+        )
+        assert two / 2 < card < two and sixteen < card  # less than twofold, and more cores gain more

@@ -13,7 +13,8 @@ Operations are float64 multiplications and additions, counted for one module (m,
 Factorisations of p×q, p ≥ q: `qr` 4pq² (Householder, Q formed), `svd` 2pq² + 11q³ (through the eigenproblem of
 the Gram matrix, as `nonzero_svd` where the spectrum allows), `thin_svd` 4pq² + 14q³ (divide and conquer). The
 leading terms are those of Golub and Van Loan, Matrix Computations, sections 5.2, 8.3 and 8.6; the cubic constants
-and `START`, what a call costs before it computes, were fitted to LAPACK at q = 16 to 128.
+and `START`, what a call costs before it computes, were fitted to LAPACK at q = 16 to 128; `MODULE`, `STACK` and the
+calls of `opcm` to merges of six models on two cores.
 """
 
 from collections.abc import Callable, Sequence

@@ -103,18 +103,21 @@ def published() -> pd.DataFrame:
     return results("predictors").set_index(["first", "second"])[list(COLUMNS)]
 
 
-def controlled() -> dict[str, pd.DataFrame]:
-    """As `published`, of the pairs of the control: with the labels as they are, and with shuffled ones."""
-    table = results("control").set_index(["first", "second"])
-    kinds = {"true": "published", "shuffled": CONTROL}
-    return {name: table[table.recipe == kind][list(COLUMNS)] for name, kind in kinds.items()}
-
-
 def chance() -> pd.Series:
     """What unrelated updates of the shapes of the shipped adapters would show, of the first three measures."""
     m, n = np.array([u.shape for u in load_adapter(adapter_path(tasks()[0])).values()]).T
     cosine = np.sqrt(2 / np.pi / (m * n))  # the mean size of a normal number of variance 1 / mn
     return pd.Series(dict(zip(COLUMNS, (cosine.mean(), (K / m).mean(), (K / n).mean()), strict=False)))
+
+
+def controlled() -> dict[str, pd.DataFrame]:
+    """The first three measures of the pairs of the control, in multiples of `chance`, shape=[pairs, 3].
+
+    With the labels of the texts, "true", and with "shuffled" ones.
+    """
+    table, null = results("control").set_index(["first", "second"]), chance()
+    kinds = {"true": "published", "shuffled": CONTROL}
+    return {name: table.loc[table.recipe == kind, null.index] / null for name, kind in kinds.items()}
 
 
 if __name__ == "__main__":
