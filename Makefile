@@ -13,7 +13,8 @@ EXECUTED := $(wildcard _build/quick/executed/*.ipynb _build/gpu/executed/*.ipynb
 PROFILE ?= quick
 # A test waits for disk, browser or kernel a third of its time, so there is one process more than cores; threads of
 # linear algebra would spin on each other's cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadgroup
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadgroup
 SNAKEMAKE := $(BIN)/snakemake --cores all --keep-going --rerun-incomplete --quiet host reason
 
 .PHONY: book test quick mutants adapters experiments evidence publish bench gpu pdf figures paper cards release address lint clean help
@@ -45,7 +46,7 @@ publish: $(if $(filter full gpu,$(PROFILE)),experiments)  ## put the tables of a
 	$(BIN)/python book/_ext/status.py record _build/$(PROFILE)/executed
 
 quick: $(BIN)/.ready  ## the fast tests, under 90 seconds
-	$(PYTEST) -m "not slow and not browser and not nightly"
+	$(PYTEST) --numprocesses $(CORES) -m "not slow and not browser and not nightly"  # these do not wait
 
 mutants: $(BIN)/.ready  ## change the package in N=100 places drawn by SEED=0 (N=0: in all), one at a time: which do the fast tests miss?
 	$(BIN)/python tests/mutants.py $(or $(N),100) --seed $(or $(SEED),0) $(if $(LEAST),--least $(LEAST))

@@ -1,4 +1,5 @@
 import functools
+import gc
 import http.server
 import os
 import re
@@ -128,6 +129,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Long tests come first, so that no worker begins one when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """What lives to the end, libraries and five thousand tests, is not looked through again by each collection."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

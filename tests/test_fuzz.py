@@ -201,7 +201,7 @@ def unsynced(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.mark.parametrize("count, seed", [(80, 2), *(pytest.param(300, s, marks=pytest.mark.slow) for s in (0, 1))])
+@pytest.mark.parametrize("count, seed", [(40, 2), *(pytest.param(300, s, marks=pytest.mark.slow) for s in (0, 1))])
 def test_damaged_files_are_read_or_refused_by_name(tmp_path, unsynced, count, seed):
     outcome = damage(tmp_path, count, seed)
     assert outcome["refused"] > 2 * count / 3 and outcome["merge read"] > count / 10

@@ -52,6 +52,7 @@ def test_chapter_has_outputs_and_checked_cells(chapter):
     assert len(checked) >= 3 and all(c.outputs for c in checked), "a chapter with no checked cell is not tested"
 
 
+@pytest.mark.slow
 def test_straight_lines_run_without_geomstats(monkeypatch):
     """Every cell that calls it says in one line that it cannot, and all else is printed as stored."""
     monkeypatch.setenv("GEOMSTATS_BACKEND", "numpy")

@@ -47,6 +47,14 @@ def test_conda_environment_uses_the_same_files():
     assert SpecifierSet(project["requires-python"]).contains(python.split("=")[-1])
 
 
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_go_to_one_process(request):
+    """Where `make test` spreads tests over processes: what a group shares is made once (pytest 9.2 broke that)."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@together")
+
+
+@pytest.mark.slow
 def test_import_needs_little():
     other = {"pandas", "transformers", "peft", "plotly", "datasets", "scipy"}
     code = f"import sys, lora_opcm.api; print({other} & set(sys.modules))"

@@ -39,8 +39,11 @@ def both(method, adapters, device):
     return there, lo.merge(adapters, method, **options)
 
 
+METHODS = [pytest.param(m, marks=[pytest.mark.slow] if m == "karcher_mean" else []) for m in sorted(REGISTRY)]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (2, 5, 3, 16)], ids=["one rank", "mixed ranks"])
 def test_in_batches_as_module_by_module(method, ranks, device):
     there, here = both(method, many(method, ranks=ranks), device)
@@ -51,7 +54,7 @@ def test_in_batches_as_module_by_module(method, ranks, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float64])
-@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("method", METHODS)
 def test_in_batches_in_every_dtype(method, dtype, device):
     there, here = both(method, many(method, dtype), device)
     assert {u.dtype for u in there.modules.values()} == {dtype}
@@ -111,7 +114,7 @@ def test_precision_comes_back_whoever_set_it_and_from_overlapping_threads(way):
 
 
 @pytest.mark.parametrize("device", [None, *DEVICES])
-@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("method", METHODS)
 def test_low_matmul_precision_outside_changes_no_bit(method, device, monkeypatch):
     exact = run(method, stream(torch.float16), device=device)
     seen = set()
@@ -165,7 +168,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", sorted(REGISTRY))
+@pytest.mark.parametrize("method", METHODS)
 def test_three_shards_give_the_bytes_of_one_process(method, inputs, tmp_path):
     options = {"rank": 4, "weights": [1.0, 0.5, -1.0, 2.0]}
     options |= {"grams": grams(4, MANY)} if REGISTRY[method].data else {}
