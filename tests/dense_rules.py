@@ -122,7 +122,8 @@ def whitening(ds, scale=1.0):
     u, s, v = svd(ds[0])
     for d in ds[1:]:
         a, b, c = svd(d)
-        u, s, v = polar(torch.cat([u, a], 1)), torch.cat([s, b]), polar(torch.cat([v, c], 1))
+        kept = polar(torch.cat([u, a], 1)) @ torch.cat([s, b]).diag() @ polar(torch.cat([v, c], 1)).mT
+        u, s, v = svd(kept)  # the state is the merged matrix
     return scale * u @ s.diag() @ v.mT
 
 

@@ -33,6 +33,7 @@ from lora_opcm.files import (
 from lora_opcm.files import disk as module
 from lora_opcm.files.format import Stored
 from lora_opcm.lowrank import LowRank, add
+from lora_opcm.merging.merge import merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.arange(12).reshape(2, 6)
@@ -67,10 +68,10 @@ def gpt2():
     )
 
 
-def llama():
+def llama(**options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SIZES))
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SIZES, **options))
 
 
 class Convs(nn.Module):
@@ -982,11 +983,19 @@ def test_same_input_same_bytes(tmp_path):
 
 def test_values_that_do_not_fit_the_dtype_asked_for(plain, tmp_path):
     adapter = load_adapter(plain())
-    large = adapter.with_modules({n: u * 1e6 for n, u in adapter.modules.items()})
-    with pytest.raises(AdapterError, match="a.query.lora_B.weight is not finite in torch.float16"):
+    large = adapter.with_modules({n: u * 1e12 for n, u in adapter.modules.items()})
+    with pytest.raises(AdapterError, match="a.query.lora_A.weight is not finite in torch.float16"):
         save_adapter(large, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     save_adapter(large, tmp_path / "out", dtype=torch.bfloat16)
+    save_adapter(adapter.with_modules({n: u * 1e6 for n, u in adapter.modules.items()}), tmp_path / "half", dtype=torch.float16)
+    for name, update in load_adapter(tmp_path / "half").items():  # which two factors of like size have room for
+        torch.testing.assert_close(update.wide().delta(), 1e6 * adapter[name].delta(), rtol=3e-3, atol=1e4)
+    save_adapter(
+        adapter.with_modules({n: u * 1e12 for n, u in adapter.modules.items()}), tmp_path / "half", dtype=torch.float16
+    )
+    for name, update in load_adapter(tmp_path / "half").items():  # which two factors of like size have room for
+        torch.testing.assert_close(update.wide().delta(), 1e6 * adapter[name].delta(), rtol=3e-3, atol=1e4)
     with pytest.raises(AdapterError, match="dtype is torch.int8, expected float64"):
         save_adapter(adapter, tmp_path / "int", dtype=torch.int8)
 
@@ -1060,3 +1069,42 @@ def test_combine_full_tensors(plain):
     for pair in ([one, other], [one, none], [none, one]):
         with pytest.raises(AdapterError, match="classifier.weight: expected one full tensor"):
             combine(pair, one.modules)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_tied_by_peft_is_merged_as_it_is(tmp_path):
+    """`ensure_weight_tying` of one adapter would fill the merged head from the embedding."""
+    from peft import LoraConfig, get_peft_model
+
+    base, folders, alone = llama(tie_word_embeddings=True), [], []
+    for i, tied in enumerate((True, False)):
+        torch.manual_seed(i)
+        options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": tied, "r": 3}
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
+        for name, x in model.named_parameters():
+            x.data = torch.randn_like(x) * 0.2 if "lora_" in name else x.data
+        model.save_pretrained(tmp_path / str(i))
+        folders.append(tmp_path / str(i))
+        alone.append(logits(model))
+    for order, weights, expected in (((0, 1), [1, 0], 0), ((0, 1), [0, 1], 1), ((1, 0), [0, 1], 0), ((0,), [1], 0)):
+        merged = merge([folders[i] for i in order], "cat", weights=weights)
+        save_adapter(merged, tmp_path / "m", overwrite=True)
+        found = logits(with_peft(base, tmp_path / "m"))
+        torch.testing.assert_close(found, alone[expected], rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_of_linear_layers_are_written_as_layers(tmp_path):
+    """peft takes a weight from `target_modules` or from `target_parameters`, and refuses one that is in both."""
+    from peft import LoraConfig, get_peft_model
+
+    base = llama()
+    config = LoraConfig(r=3, target_modules=[], target_parameters=["q_proj.weight", "v_proj.weight"])
+    model = get_peft_model(copy.deepcopy(base), config)
+    for name, x in model.named_parameters():
+        x.data = torch.randn_like(x) * 0.2 if "lora_" in name else x.data
+    model.save_pretrained(tmp_path / "a")
+    save_adapter(merge(tmp_path / "a", method="cat", rank=3), tmp_path / "m")
+    found = logits(with_peft(base, tmp_path / "m"))
+    torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-4)
+    assert (found - logits(base)).abs().max() > 1e-2

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from by_hand import CONFIG, PREFIX, deltas_of, gap, random_factors, run, tensors_of, write_peft
+from by_hand import CONFIG, PREFIX, WEIGHTS, deltas_of, gap, random_factors, run, tensors_of, write_peft
+from safetensors.torch import save_file
 
 import lora_opcm as lo
 from lora_opcm.merging.shards import join, merge_shard
@@ -61,6 +62,13 @@ def test_first_drop_and_mean(said, heads, tmp_path, order):
         total = {n: sum(d[n] for d in deltas.values()) for n in SHAPES}
         assert gap(deltas_of(tmp_path / how), total) < 1e-12
         said("verify", *order, "--against", how)
+        if full:
+            file, whole = tmp_path / how / WEIGHTS, tensors_of(tmp_path / how)
+            other_head = whole | {f"{PREFIX}head.weight": torch.full((3, 8), -7.0)}
+            for other in (other_head, {k: x for k, x in whole.items() if "bias" not in k}):
+                save_file(other, file)
+                assert "head." in said("verify", *order, "--against", how, code=1).out
+            save_file(whole, file)
         merged = lo.merge([tmp_path / n for n in order], "cat", full=how)
         assert {k: t.tolist() for k, t in merged.saved.items()} == {k: t.tolist() for k, t in tensors.items()}
         parts = [tmp_path / f"{how}-{i}" for i in range(2)]

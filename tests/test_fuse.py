@@ -29,10 +29,16 @@ def llama(**options):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"tie_word_embeddings": False} | options))
 
 
-def gpt2():
+def gpt2(**options):
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **options)
     return transformers.GPT2LMHeadModel(config)
+
+
+def mixtral():
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.3)
+    return transformers.MixtralForCausalLM(config)
 
 
 def trained(folder, model, targets, seed=0, **options):
@@ -66,6 +72,7 @@ CASES = {
     "a trained head": (llama, ["q_proj"], {"modules_to_save": ["lm_head"]}),
     "tied": (lambda: llama(tie_word_embeddings=True), ["q_proj", "v_proj"], {}),
     "gpt2": (gpt2, ["c_attn", "c_fc", "c_proj"], {"fan_in_fan_out": True}),
+    "a router": (mixtral, ["q_proj", "gate"], {}),  # whose files have it as block_sparse_moe.gate
 }
 
 
@@ -200,16 +207,33 @@ def test_tied_embeddings(said, tmp_path, target):
     trained(tmp_path / "a", llama, ["q_proj", target])
     told = refused(said, tmp_path, "a", "--base", "base", "-o", "x")
     assert ("the base ties its output to its embeddings" if target == "embed_tokens" else "(tied to the") in told
+    if target == "embed_tokens":  # a file has its config beside it
+        told = refused(said, tmp_path, "a", "--base", "base/model.safetensors", "-o", "x.safetensors")
+        assert "the base ties its output to its embeddings" in told
     said("fuse", "a", "--base", "base", "-o", "x", "--drop", f"*{target}*")
 
 
-def test_a_layer_that_lies_the_other_way(said, tmp_path):
-    gpt2().save_pretrained(tmp_path / "base")
-    trained(tmp_path / "a", gpt2, ["c_fc"], fan_in_fan_out=True)
+@pytest.mark.parametrize("targets", [["attn.c_proj", "lm_head"], ["lm_head", "attn.c_proj"], ["c_fc", "c_attn"]])
+def test_the_layer_says_how_a_weight_lies(said, tmp_path, targets):
+    """peft saves one `fan_in_fan_out` of layers of both kinds, true or not, and goes by the layer where it loads."""
+    gpt2(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    trained(tmp_path / "a", lambda: gpt2(tie_word_embeddings=False), targets)
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | {"fan_in_fan_out": False}))
+    for flag in (False, True):
+        (tmp_path / "a" / CONFIG).write_text(json.dumps(config | {"fan_in_fan_out": flag}))
+        said("fuse", "a", "--base", "base", "-o", f"x{flag}")
+        theirs, ours = by_peft(tmp_path / "base", tmp_path / "a").state_dict(), read(tmp_path / f"x{flag}").state_dict()
+        assert all(torch.allclose(x, theirs[name], atol=1e-6) for name, x in ours.items())
+
+
+def test_a_layer_that_lies_the_other_way(said, tmp_path):
+    """Where no bias tells which side are the outputs."""
+    llama().save_pretrained(tmp_path / "base")
+    trained(tmp_path / "a", llama, ["up_proj"])
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({k: x.mT.contiguous() if "up_proj" in k else x for k, x in load_file(file).items()}, file)
     told = refused(said, tmp_path, "a", "--base", "base", "-o", "x")
-    assert "c_fc is an update (64, 16), model.safetensors has it as (16, 64); fan_in_fan_out is False, which" in told
+    assert "up_proj is an update (24, 16), model.safetensors has it as (16, 24); fan_in_fan_out is False, which" in told
 
 
 def test_what_is_no_base(said, tmp_path, two):

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import dense_rules
 import numpy as np
 import pytest
 import torch
@@ -327,3 +328,21 @@ def test_a_whitening_stream_in_half_precision_and_with_missing_modules(cap, dtyp
     for name in SHAPES:
         dense = dense_whitening([one[name].delta().double().numpy() for one in lacking if name in one], cap)
         assert error(merged[name], torch.from_numpy(dense)) < near, name
+
+
+@pytest.mark.parametrize("case", ["one factor for all", "more directions than a side"])
+def test_a_whitening_stream_is_the_merge_where_directions_depend_on_each_other(case):
+    generator = torch.Generator().manual_seed(0)
+    if case == "one factor for all":  # as of adapters that train B alone
+        adapters = [adapter({"a": (64, 48)}, 8, generator, torch.float64) for _ in range(4)]
+        adapters = [a.with_modules({"a": lo.LowRank(a["a"].left, adapters[0]["a"].right)}) for a in adapters]
+    else:
+        adapters = [adapter({"a": (8, 50)}, 4, generator, torch.float64) for _ in range(5)]
+    merger = lo.WhiteningMerger()
+    for one in adapters:
+        merger.add(one)
+    merged = lo.merge(adapters, "whitening")
+    assert gap(merger.adapter(), merged) < 1e-6 * merged.norm()
+    dense = dense_rules.whitening([a["a"].delta() for a in adapters])
+    dense = dense * merged.norm() / dense.norm()
+    assert error(merged["a"], dense) < 1e-6

@@ -255,13 +255,19 @@ def test_beside_weights_that_lie_the_other_way_round():
     torch.manual_seed(0)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)).eval()
     one = {"transformer.h.0.attn.c_attn": update(48, 16, 2, torch.Generator().manual_seed(1))}
-    adapter, ids = lo.Adapter(one, config={"fan_in_fan_out": True}), torch.tensor([[1, 2, 3]])
-    with beside(gpt, adapter):
-        found = gpt(ids).logits
-    with applied(gpt, adapter):
-        torch.testing.assert_close(found, gpt(ids).logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"c_attn: the weight is \(16, 48\), the update \(48, 16\)"):
-        with beside(gpt, lo.Adapter(one)):
+    one |= {"transformer.h.0.attn.c_proj": update(16, 16, 2, torch.Generator().manual_seed(2))}
+    ids = torch.tensor([[1, 2, 3]])
+    for said in (True, False):  # which peft may save of layers of both kinds, and goes by the layer
+        adapter = lo.Adapter(one, config={"fan_in_fan_out": said})
+        with beside(gpt, adapter):
+            found = gpt(ids).logits
+        with applied(gpt, adapter):
+            torch.testing.assert_close(found, gpt(ids).logits, atol=1e-4, rtol=1e-4)
+        with attached(gpt, adapter):
+            torch.testing.assert_close(found, gpt(ids).logits, atol=1e-4, rtol=1e-4)
+    wide = {"transformer.h.0.attn.c_attn": update(16, 48, 2, torch.Generator().manual_seed(1))}
+    with pytest.raises(ValueError, match=r"c_attn: the weight is \(48, 16\), the update \(16, 48\)"):
+        with beside(gpt, lo.Adapter(wide)):
             pass
 
 

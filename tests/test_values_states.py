@@ -154,3 +154,52 @@ def test_convert_keeps_numbers_and_scales(said, tmp_path, dtype):
     assert {t.dtype for t in tensors_of(tmp_path / "back").values()} == {kept}
     config = json.loads((tmp_path / "back" / CONFIG).read_text())
     assert config["auto_mapping"] == CLIP_CONFIG["auto_mapping"] and re.search("fc2", str(config["target_modules"]))
+
+
+def test_an_export_is_rounded_once_to_the_dtype_asked_for(said, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        write_peft(tmp_path / name, random_factors(rng, SHAPES, 3), dtype=torch.float16)
+    said("add", "s", "a", "b")
+    said("export", "s", "-o", "wide", "--dtype", "float32")
+    said("merge", "a", "b", "-o", "m", "--method", "opcm", "--scale", "norm", "--dtype", "float32")
+    assert gap(deltas_of(tmp_path / "wide"), deltas_of(tmp_path / "m")) < 1e-6
+    assert any((x != x.half().float()).any() for x in tensors_of(tmp_path / "wide").values())
+
+
+def test_what_no_merge_wrote_has_no_recipe_beside_it(said, abc, tmp_path):
+    said("add", "s", "a", "b")
+    for words in (["export", "s"], ["convert", "a", "--to", "peft"], ["align", "a", "--to", "b"]):
+        said("merge", "a", "b", "-o", "m", "--method", "tsv", "--overwrite")
+        assert (tmp_path / "m" / "merge_recipe.json").exists() and (tmp_path / "m" / "README.md").exists()
+        said(*words, "-o", "m", "--overwrite")
+        assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [CONFIG, "adapter_model.safetensors"]
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "README.md").write_text("mine")
+    said("convert", "a", "--to", "peft", "-o", "n", "--overwrite")
+    assert (tmp_path / "n" / "README.md").read_text() == "mine"
+
+
+def test_an_adapter_that_comes_twice_is_told_of(said, abc):
+    assert "warning" not in said("add", "s", "a", "b").err
+    assert "its very factors, as a, are in already: counted again" in said("add", "s", "a").err
+
+
+@pytest.mark.parametrize("small", [1e-5, 1e-8])
+@pytest.mark.parametrize(
+    "words", [["merge", "a", "--method", "cat", "-o", "m"], ["convert", "a", "--to", "peft", "-o", "m"]]
+)
+def test_small_numbers_do_not_fade_in_half_precision(said, tmp_path, words, small):
+    """Those of one factor are made larger, those of the other smaller; a file that has lost them is another."""
+    rng = np.random.default_rng(0)
+    factors = {n: (small * b, a) for n, (b, a) in random_factors(rng, SHAPES, 3).items()}
+    expected = write_peft(tmp_path / "a", factors, dtype=torch.float32)
+    said(*words, "--dtype", "float16")
+    assert gap(deltas_of(tmp_path / "m"), expected) < 1e-3
+    if "merge" in words:
+        said("verify", "a", "--against", "m")
+        half = {n: (b * 0, a) for n, (b, a) in read_peft(tmp_path / "m").items()}
+        keep = (tmp_path / "m" / "merge_recipe.json").read_bytes()
+        write_peft(tmp_path / "zero", half, dtype=torch.float16)
+        (tmp_path / "zero" / "merge_recipe.json").write_bytes(keep)
+        said("verify", "a", "--against", "zero", code=1)

@@ -185,14 +185,14 @@ def convert(
     Kohya names have underscores for dots, which cannot be undone: to leave kohya, --like gives the names and
     the configuration of an adapter of the same model. Kohya has names for UNets and CLIP text encoders only.
     """
-    from ..files import dropping, load_adapter, renamed, save_adapter
+    from ..files import dropping, load_adapter, renamed
     from . import recipe
 
     recipe.refuse_existing(output, overwrite, to)
     (found,) = dropping([load_adapter(adapter)], drop or ())
     if like and found.format == "kohya" and to != "kohya":
         found = renamed(found, load_adapter(like))
-    note(f"wrote {save_adapter(found, output, to, overwrite, torch_dtype(dtype))}: {len(found)} modules")
+    note(f"wrote {recipe.write_alone(found, output, to, overwrite, torch_dtype(dtype))}: {len(found)} modules")
 
 
 @app.command("align")
@@ -203,13 +203,13 @@ def align_(
     overwrite: Overwrite = False,
 ):
     """The same update with the factors nearest to another adapter's: what a tool that averages factors needs."""
-    from ..files import load_adapter, save_adapter
+    from ..files import load_adapter
     from ..files.paired import align
     from . import recipe
 
     recipe.refuse_existing(output, overwrite)
     found = align(load_adapter(adapter), load_adapter(to))
-    note(f"wrote {save_adapter(found, output, overwrite=overwrite)}: {len(found)} modules")
+    note(f"wrote {recipe.write_alone(found, output, overwrite=overwrite)}: {len(found)} modules")
 
 
 for command in (states.add, states.export, states.remove):

@@ -149,6 +149,20 @@ def write_merge(
     return output
 
 
+def write_alone(
+    adapter: Adapter,
+    output: Path,
+    format: str | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an adapter that no recipe makes; recipe and card of a merge that it replaces go."""
+    path = save_adapter(adapter, output, format, overwrite, dtype)
+    for stale in (recipe_of(path), *([path / CARD] if path.is_dir() and recipe_of(path).exists() else [])):
+        stale.unlink(missing_ok=True)
+    return path
+
+
 def refuse_existing(output: Path, overwrite: bool, format: str | None = None) -> None:
     """Raise AdapterError if a merge written to `output` would replace a file; asked before the work, and after.
 
@@ -229,7 +243,7 @@ def verify(
     again = spelled_in(again, stored.format, dropping(adapters, found.merge.get("drop", ())))
     names = names_in(stored.format, again)
     again = again.with_modules({names[name]: u for name, u in again.items()})
-    allowed = 2 * relative_rounding(stored) + 1e-5 if tolerance is None else tolerance
+    allowed = min(2 * relative_rounding(stored) + 1e-5, 0.5) if tolerance is None else tolerance
     gap, worst = distance(stored, again)
     same_bytes = bytes_hash(against) == found.output_sha256
     return Verdict(gap <= allowed, same_bytes, gap, allowed, worst, str(path), found.output_sha256)
@@ -247,8 +261,11 @@ def wide_enough(adapters: Sequence[Adapter], dtype: torch.dtype | None) -> torch
 
 
 def distance(a: Adapter, b: Adapter) -> tuple[float, str]:
-    """‖ΔW_a − ΔW_b‖ / ‖ΔW_b‖ over all modules, and the module that adds most; infinite where names differ."""
-    if odd := sorted(a.keys() ^ b.keys()):
+    """‖ΔW_a − ΔW_b‖ / ‖ΔW_b‖ over all modules, and the module that adds most; infinite where names differ.
+
+    A full tensor counts by itself: its own distance, if that is larger.
+    """
+    if odd := sorted(a.keys() ^ b.keys()) + sorted(a.saved.keys() ^ b.saved.keys()):
         return float("inf"), odd[0]
     gaps = {}
     for name, x in a.items():
@@ -257,7 +274,13 @@ def distance(a: Adapter, b: Adapter) -> tuple[float, str]:
         y, same = b[name], torch.equal(x.left, b[name].left) and torch.equal(x.right, b[name].right)
         gaps[name] = 0.0 if same else _norm(x.to(torch.float64) + -1 * y.to(torch.float64))
     total = sum(g**2 for g in gaps.values()) ** 0.5
-    return (total / b.norm() if total else 0.0), max(gaps, key=gaps.__getitem__)
+    found = [(total / b.norm() if total else 0.0, max(gaps, key=gaps.__getitem__))]
+    for name, full in a.saved.items():
+        one, other = full.double(), b.saved[name].to(full.dtype).double()
+        if one.shape != other.shape:
+            return float("inf"), name
+        found.append((float((one - other).norm() / other.norm()) if not torch.equal(one, other) else 0.0, name))
+    return max(found)
 
 
 def _norm(update: LowRank) -> float:

@@ -125,16 +125,16 @@ def export(
     """Write the merged adapter of a state."""
     from torch.linalg import LinAlgError
 
-    from ..files import AdapterError, save_adapter
+    from ..files import AdapterError
     from ..streams import load_stream
-    from .recipe import refuse_existing
+    from .recipe import refuse_existing, write_alone
 
     refuse_existing(output, overwrite, format)
     stream = load_stream(state)
     try:
         refuse_existing(output, overwrite, format or (None if stream.like is None else stream.like.format))
-        merged = stream.adapter(rank=rank, energy=energy, ragged=ragged)
-        path = save_adapter(merged, output, format, overwrite, torch_dtype(dtype))
+        merged = stream.adapter(rank=rank, energy=energy, ragged=ragged, dtype=torch_dtype(dtype))
+        path = write_alone(merged, output, format, overwrite)
     except (ValueError, LinAlgError) as error:
         raise AdapterError(f"{state}: {error}") from error
     wrote(path, merged)

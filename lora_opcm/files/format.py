@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..lowrank import LowRank
+from ..lowrank import LowRank, rounded
 from .adapter import LINEAR, Adapter, AdapterError
 
 INPUTS = "lora_opcm"  # the key in a header under which a merge says what it was made of
@@ -107,10 +107,26 @@ def factors_of(
     """(up, its dtype) and (down, its dtype), in the shapes of a file."""
     update, kernel = adapter.modules[name], adapter.kinds.get(name, LINEAR).kernel
     if isinstance(update, Stored):
-        return (update.up, dtype or update.up.dtype), (update.down, dtype or update.down.dtype)
+        up, down = update.up, update.down
+        if dtype is not None:
+            wide = torch.promote_types(up.dtype, down.dtype)
+            flat = _unfaded(LowRank(up.to(wide).reshape(len(up), -1), down.to(wide).reshape(len(down), -1)), dtype)
+            up, down = flat.left.reshape(up.shape), flat.right.reshape(down.shape)
+        return (up, dtype or up.dtype), (down, dtype or down.dtype)
+    dtype = dtype or adapter.dtype
+    update = _unfaded(update, dtype)
     up, down = update.left, update.right
     if not update.rank:
         up, down = up.new_zeros(up.shape[0], 1), down.new_zeros(1, down.shape[1])
     if kernel:
         up, down = up.reshape(*up.shape, *[1] * len(kernel)), down.reshape(down.shape[0], -1, *kernel)
-    return (up, dtype or adapter.dtype), (down, dtype or adapter.dtype)
+    return (up, dtype), (down, dtype)
+
+
+def _unfaded(update: LowRank, dtype: torch.dtype) -> LowRank:
+    """The update, `rounded` to a dtype where a column would lose more than its last bit: too small or large for it."""
+    for x in (update.left, update.right.mT):
+        lost, size = (torch.linalg.vector_norm(y, dim=0, dtype=torch.float64) for y in (x.to(dtype).to(x.dtype) - x, x))
+        if not bool((lost <= torch.finfo(dtype).eps * size).all()):
+            return rounded(update, dtype)
+    return update

@@ -202,10 +202,11 @@ def _changes(adapter: Adapter, places: Mapping[str, Place], base: Path) -> dict[
         if tuple(tensor.shape) != places[keys[name]].shape:
             raise AdapterError(f"{where}: {name} is {tuple(tensor.shape)}, in the base {places[keys[name]].shape}")
     pieces = placed(adapter, {key: place.shape for key, place in places.items()}, where)
+    turned = _turned(places)
     for name in (name for name in adapter if name in keys):
         if keys[name] in pieces:
             raise AdapterError(f"{where}: {name}: an update of {keys[name]}, which has one of its expert, too")
-        pieces[keys[name]] = {0: _fit(adapter, name, places[keys[name]], where)}
+        pieces[keys[name]] = {0: _fit(adapter, name, places[keys[name]], turned.get(_last(keys[name])), where)}
     changes |= {key: Change(changes.get(key, Change()).full, found) for key, found in pieces.items()}
     for key in changes:
         if places[key].dtype not in FACTOR_DTYPES:
@@ -213,7 +214,7 @@ def _changes(adapter: Adapter, places: Mapping[str, Place], base: Path) -> dict[
                 f"{where}: {key} is {places[key].dtype} (quantised?) in the base, expected one of"
                 f" {', '.join(FACTOR_DTYPES)}"
             )
-    embeddings = [key for key in changes if key.removesuffix(ENDS).rpartition(".")[2] in EMBEDDINGS - {"wpe"}]
+    embeddings = [key for key in changes if _last(key) in EMBEDDINGS - {"wpe"}]
     if embeddings and _tied(base, places):
         raise AdapterError(
             f"{where}: {embeddings[0]}: the base ties its output to its embeddings (tie_word_embeddings), so that a"
@@ -251,13 +252,32 @@ def _keys(adapter: Adapter, places: Mapping[str, Place], where: str) -> dict[str
     return found
 
 
-def _fit(adapter: Adapter, name: str, place: Place, where: str) -> LowRank:
-    """The update as the base's weight lies: rows × all other dimensions."""
+def _last(key: str) -> str:
+    return key.removesuffix(ENDS).rpartition(".")[2]
+
+
+def _turned(places: Mapping[str, Place]) -> dict[str, bool]:
+    """Last parts of names → whether such weights lie (in, out), as GPT-2's do: a bias has the length of the outputs.
+
+    peft goes by the layer, too, since an adapter has one `fan_in_fan_out` for layers of both kinds.
+    """
+    found: dict[str, set[bool]] = {}
+    for key, place in places.items():
+        bias = places.get(key.removesuffix(ENDS) + ".bias") if key.endswith(ENDS) else None
+        if bias and len(place.shape) == 2 and place.shape[0] != place.shape[1] and len(bias.shape) == 1:
+            found.setdefault(_last(key), set()).add(bias.shape[0] == place.shape[1])
+    return {name: both.pop() for name, both in found.items() if len(both) == 1}
+
+
+def _fit(adapter: Adapter, name: str, place: Place, turned: bool | None, where: str) -> LowRank:
+    """The update as the base's weight lies: rows × all other dimensions; `turned` is what the base says of that."""
     update, kind, shape = adapter[name], adapter.kinds.get(name, LINEAR), place.shape
-    (m, n), turned = update.shape, adapter.transposed(name)
+    m, n = update.shape
     rows = (shape[0], math.prod(shape[1:])) if shape else ()
+    if turned is None or kind != LINEAR:
+        turned = adapter.transposed(name) and (kind != LINEAR or m == n or rows != (m, n))
     if rows != ((n, m) if turned else (m, n)):
-        lies = f"; fan_in_fan_out is {turned}, which a layer that lies the other way contradicts" * (
+        lies = f"; fan_in_fan_out is {adapter.transposed(name)}, which a layer that lies the other way contradicts" * (
             rows == ((m, n) if turned else (n, m)) and kind == LINEAR
         )
         raise AdapterError(f"{where}: {name} is an update ({m}, {n}), {place.file.name} has it as {shape}{lies}")
@@ -266,7 +286,7 @@ def _fit(adapter: Adapter, name: str, place: Place, where: str) -> LowRank:
 
 def _tied(base: Path, places: Mapping[str, Place]) -> bool:
     """Whether loading the base makes its output weight that of its embeddings."""
-    path = base / "config.json"
+    path = (base if base.is_dir() else base.parent) / "config.json"
     if not path.is_file():
         return False
     config = parse_config(path.read_bytes(), str(path))

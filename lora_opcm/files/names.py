@@ -75,7 +75,7 @@ def canonical(name: str) -> str:
         return f"te{found[1] or found[2] or 1}_{rest[found.end() :].replace('.', '_')}"
     if found := UNDERSCORED.match(rest):
         rest = rest[found.end() :]
-    rest = rest.replace(".", "_")
+    rest = rest.replace(".", "_").replace("block_sparse_moe", "mlp")  # as Mixtral's authors called it
     for pattern, new in BLOCKS:
         rest = re.sub(pattern, new, rest)
     return rest

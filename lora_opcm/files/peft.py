@@ -168,9 +168,10 @@ def config_for(
     (`target_modules` is None), full names are listed.
     """
     holds, modules = _holds(config, sizes), sorted(sizes.keys() - set(parameters))
-    listed = bool(config.get("target_modules") or not modules) and bool(
-        config.get("target_parameters") or not parameters
-    )
+    # peft would fill a tied head from the embedding, and take weights of linear layers from one list only
+    tied = bool(config.get("ensure_weight_tying"))
+    listed = bool(config.get("target_modules") or not modules) and not tied
+    listed = listed and bool(config.get("target_parameters")) == bool(parameters)
     if holds and listed:
         return dict(config)
     new: dict[str, Any] = {
@@ -187,7 +188,8 @@ def config_for(
         # What narrowed the old targets could hide some of the new ones.
         new |= {"target_modules": modules, "exclude_modules": None}
         new |= {"layers_to_transform": None, "layers_pattern": None}
-        new |= {"target_parameters": sorted(parameters)} if parameters else {}
+        new |= {"target_parameters": sorted(parameters) or None} if parameters or "target_parameters" in config else {}
+        new |= {"ensure_weight_tying": False} if tied else {}
     return new
 
 

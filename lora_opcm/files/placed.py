@@ -58,10 +58,10 @@ def placed(adapter: Adapter, shapes: Shapes, where: str) -> dict[str, dict[int, 
     homes: dict[str, set[str]] = {}
     for key in shapes if wrappers else ():
         inside = re.sub(r"(\.\d+\.\w+\.weight|\.\w+)$", "", key)
-        homes.setdefault(_layer(inside), set()).add(inside)
+        homes.setdefault(canonical(inside), set()).add(inside)
     found: dict[str, dict[int, LowRank]] = {}
     for module, names in wrappers.items():
-        kind, spelled = adapter.kinds[next(iter(names.values()))[0]], homes.get(_layer(module), set())
+        kind, spelled = adapter.kinds[next(iter(names.values()))[0]], homes.get(canonical(module), set())
         spelled = spelled & {module} or spelled
         known = {p: x for at in spelled for p in kind.parameters if (x := _parameter(at, p, kind.experts, shapes))}
         sizes = [adapter[some[0]].shape for some in names.values()]
@@ -72,10 +72,6 @@ def placed(adapter: Adapter, shapes: Shapes, where: str) -> dict[str, dict[int, 
                 for key, first, piece in parameter.pieces(int(name.rpartition(".")[2]), update):
                     found.setdefault(key, {})[first] = piece
     return found
-
-
-def _layer(home: str) -> str:
-    return canonical(home).replace("block_sparse_moe", "mlp")  # as Mixtral's authors called it
 
 
 def _parameter(home: str, name: str, experts: int, shapes: Shapes) -> Parameter | None:

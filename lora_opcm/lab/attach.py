@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ..files import Adapter, save_adapter, scaled
 from ..lowrank import LowRank
+
+TURNED = (Conv1D, torch.nn.Embedding)  # their weights lie (in, out); peft goes by the layer, not by its config, too
 
 
 def fitted(model: torch.nn.Module, adapter: Adapter) -> Adapter:
@@ -72,7 +75,7 @@ def applied(
     try:
         for name, update in adapter.modules.items():
             weight = weights[name]
-            if adapter.transposed(name):
+            if isinstance(model.get_submodule(name), TURNED):
                 update = LowRank(update.right.mT, update.left.mT)
             if tuple(weight.shape) != update.shape:
                 raise ValueError(f"{name}: the weight is {tuple(weight.shape)}, the update {update.shape}")
@@ -134,7 +137,7 @@ def _factors(model: torch.nn.Module, adapter: Adapter) -> dict[str, LowRank]:
         weight = tuple(module.weight.shape)
         if hasattr(module, "in_features"):  # those of a quantised layer are packed
             weight = module.out_features, module.in_features
-        elif adapter.transposed(name):
+        elif isinstance(module, TURNED):
             weight = weight[::-1]
         if weight != update.shape:
             raise ValueError(f"{adapter.source}: {name}: the weight is {weight}, the update {update.shape}")

@@ -156,6 +156,8 @@ class Stream(ABC, Generic[S]):
                 " 'first' or 'drop' here, and a merge of all adapters at once (lora-opcm merge --full mean) takes means"
             )
         dtype, count = str(adapter.dtype).removeprefix("torch."), len(self.state.members)
+        if twin := next((m.name for m in self.state.members if m.id == adapter.id), ""):
+            warnings.warn(f"{adapter.source}: its very factors, as {twin}, are in already: counted again", stacklevel=2)
         member = Member(name or f"adapter {count + 1}", adapter.norm(), adapter.id, {}, dtype)
         if self.like is None:
             matched([adapter], twice=False)
@@ -211,17 +213,20 @@ class Stream(ABC, Generic[S]):
         self.state = State(new, [m for m in self.state.members if m is not found])
         if self.like is not None:
             if adapter.saved and self.like.saved:
-                warnings.warn(
-                    f"{adapter.source}: its full tensors ({min(adapter.saved)}, …) are no part of the sum; those of the"
-                    " state stay",
-                    stacklevel=2,
-                )
+                full = f"full tensors ({min(adapter.saved)}, …)"
+                warnings.warn(f"{adapter.source}: its {full} are no part of the sum and stay", stacklevel=2)
             left = [FLOATS.get(m.dtype, self.like.dtype) for m in self.state.members]
             self.like = replace(self._shaped(self.like, self.state), dtype=widest(left))
         return self
 
-    def adapter(self, rank: int | None = None, energy: float | None = None, ragged: bool = False) -> Adapter:
-        """The merged adapter, scaled, truncated if asked; `ragged`, `dropped` and `factor` are as in `merge`.
+    def adapter(
+        self,
+        rank: int | None = None,
+        energy: float | None = None,
+        ragged: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """The merged adapter, scaled, truncated if asked; `ragged`, `dtype`, `dropped`, `factor` are as in `merge`.
 
         Raises
         ------
@@ -235,8 +240,8 @@ class Stream(ABC, Generic[S]):
         dropped = {name: share for name, (_, share) in zip(updates, cut, strict=True)}
         short = {name: update for name, (update, _) in zip(updates, cut, strict=True)}
         by = self._factor(short if self.options.get("scale") == AUTO else updates)
-        metadata = lasting(self.like.metadata, self.state.names)
-        merged = replace(scaled(self.like, short, by), dropped=dropped, factor=by, metadata=metadata)
+        merged = scaled(replace(self.like, dtype=dtype or self.like.dtype), short, by)
+        merged = replace(merged, dropped=dropped, factor=by, metadata=lasting(self.like.metadata, self.state.names))
         return merged if ragged else level(merged)
 
     def _factor(self, updates: Mapping[str, LowRank]) -> float:

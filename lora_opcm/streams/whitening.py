@@ -14,8 +14,10 @@ from .update import UpdateStream
 class WhiteningMerger(UpdateStream):
     """Merges adapters one at a time by making their stacked singular frames orthonormal again (this package).
 
-    A step gives polar([U U_new]) diag(Σ, Σ_new) polar([V V_new])ᵀ. Both frames are orthonormal: it is a singular value
-    decomposition, so the next step can read frames and spectrum off the merged adapter, and nothing else is kept.
+    A step gives polar([U U_new]) diag(Σ, Σ_new) polar([V V_new])ᵀ. Where no direction depends on others, both frames
+    are orthonormal: it is a singular value decomposition, and the next step reads frames and spectrum off the merged
+    adapter. Where some do, as with a shared factor, it reads those of the merged adapter all the same (`merge` does,
+    too). Nothing else is kept.
 
     Parameters
     ----------

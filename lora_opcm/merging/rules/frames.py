@@ -14,7 +14,6 @@ Source of TSV-Merge: Gargiulo et al., arXiv 2412.00081.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,39 +51,36 @@ def tsv(core: Core | Batch, directions: Limit = None) -> Tensor:
 
 @merge_method("whitening", source="this package", keeps="all directions", ordered=True, scale=AUTO, batched=True)
 def whitening(core: Core | Batch) -> Tensor:
-    """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra."""
+    """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra.
+
+    Where directions of one side depended on each other, the state's frames are those of the update that it is.
+    """
     (u, s, vh), *others = core.frames()
-    left, right, spectrum = Whitened(u), Whitened(vh.mT), [s]
-    for u, s, vh in others:
-        left, right = left.add(u, core.dtype), right.add(vh.mT, core.dtype)
-        spectrum.append(s)
-    return (left.frame * torch.cat(spectrum, -1)[..., None, :]) @ right.frame.mT
+    v = vh.mT
+    for new_u, new_s, new_vh in others:
+        u, apart = _beside(u, new_u, core.dtype)
+        v, distinct = _beside(v, new_vh.mT, core.dtype)
+        s = torch.cat([s, new_s], -1)
+        if not (apart and distinct):
+            u, s, vh = nonzero_svd((u * s[..., None, :]) @ v.mT, core.dtype)
+            v = vh.mT
+    return (u * s[..., None, :]) @ v.mT
 
 
-class Whitened(NamedTuple):
-    """A whitened stack of frames, and whether its columns are orthonormal: not where some depended on each other."""
+def _beside(frame: Tensor, new: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """`polar` of [frame new], (n, c) and (n, r) with orthonormal columns, in 6ncr operations; whether it has, too.
 
-    frame: Tensor
-    orthonormal: bool = True
-
-    def add(self, new: Tensor, dtype: torch.dtype) -> "Whitened":
-        """`polar` of [frame new], (n, c) and (n, r) with orthonormal columns, in 6ncr operations.
-
-        With frameᵀ new = A diag(s) Bᵀ the Gram matrix of the stack has the eigenvalues 1 ± s on (aᵢ, ±bᵢ)/√2, and 1
-        elsewhere: its inverse root is the identity and a correction of those ranks.
-        """
-        a, s, bh = torch.linalg.svd(self.frame.mT @ new, full_matrices=False)
-        if not self.orthonormal or bool((s > 1 - 1e-6).any()):
-            return Whitened(polar(torch.cat([self.frame, new], -1), dtype), False)
-        more, less = (1 + s).rsqrt() - 1, (1 - s).rsqrt() - 1
-        same, across = (more + less)[..., None, :] / 2, (more - less)[..., None, :] / 2
-        old, mixed = self.frame @ a, new @ bh.mT
-        return Whitened(
-            torch.cat([
-                self.frame + (old * same + mixed * across) @ a.mT,
-                new + (old * across + mixed * same) @ bh,
-            ], -1)
-        )  # fmt: skip
+    With frameᵀ new = A diag(s) Bᵀ the Gram matrix of the stack has the eigenvalues 1 ± s on (aᵢ, ±bᵢ)/√2, and 1
+    elsewhere: its inverse root is the identity and a correction of those ranks.
+    """
+    a, s, bh = torch.linalg.svd(frame.mT @ new, full_matrices=False)
+    if bool((s > 1 - 1e-6).any()):
+        return polar(torch.cat([frame, new], -1), dtype), False
+    more, less = (1 + s).rsqrt() - 1, (1 - s).rsqrt() - 1
+    same, across = (more + less)[..., None, :] / 2, (more - less)[..., None, :] / 2
+    old, mixed = frame @ a, new @ bh.mT
+    both = [frame + (old * same + mixed * across) @ a.mT, new + (old * across + mixed * same) @ bh]
+    return torch.cat(both, -1), True
 
 
 @merge_method("whitened_sum", source="this package; TSV at power 0", keeps="three sums", scale=AUTO, batched=True)
