@@ -988,11 +988,8 @@ def test_values_that_do_not_fit_the_dtype_asked_for(plain, tmp_path):
         save_adapter(large, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     save_adapter(large, tmp_path / "out", dtype=torch.bfloat16)
-    save_adapter(adapter.with_modules({n: u * 1e6 for n, u in adapter.modules.items()}), tmp_path / "half", dtype=torch.float16)
-    for name, update in load_adapter(tmp_path / "half").items():  # which two factors of like size have room for
-        torch.testing.assert_close(update.wide().delta(), 1e6 * adapter[name].delta(), rtol=3e-3, atol=1e4)
     save_adapter(
-        adapter.with_modules({n: u * 1e12 for n, u in adapter.modules.items()}), tmp_path / "half", dtype=torch.float16
+        adapter.with_modules({n: u * 1e6 for n, u in adapter.modules.items()}), tmp_path / "half", dtype=torch.float16
     )
     for name, update in load_adapter(tmp_path / "half").items():  # which two factors of like size have room for
         torch.testing.assert_close(update.wide().delta(), 1e6 * adapter[name].delta(), rtol=3e-3, atol=1e4)

@@ -193,3 +193,17 @@ def test_the_published_file_is_whole():
         assert row.scale == tables.picks(run, row)[0] and len(row.marks["test"]) == 3
     assert tables.pair_gains(run).pairs.max() == 23
     assert tables.pair_gains(run, without=["letter_counting"]).pairs.max() == 15
+
+
+def test_no_scale_that_was_tried_is_surely_ahead_of_the_guess():
+    """The words of *A language model*, of validation and of test questions; three grids may end too early."""
+    run = tables.Run()
+    for split, weights in run.weights.items():
+        for row in run.rows:
+            for scale, marks in row.marks[split].items():
+                more = weights[1:] @ (marks["right"] - run.commonest[split]["right"])
+                assert np.quantile(more, 0.025) <= 0, (split, row.label, row.rank, scale)
+    whole = [row for row in run.rows if row.rank is None]
+    ends = [r.label for r in whole if tables.picks(run, r, "right")[0] == max(r.marks["validation"])]
+    assert sorted(ends) == ["Iso-C", "Iso-CTS", "TIES"] and len(whole) == 12
+    assert all(len(row.marks["test"]) == 3 and row.scale in row.marks["test"] for row in run.rows)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lora_opcm.lab.evidence import growth, rows
+from lora_opcm.lab.evidence import growth, rows, tables
 from lora_opcm.lab.evidence.choice import RULE, ratio, rule
 from lora_opcm.lab.evidence.outcomes import Outcome, Trial
 from lora_opcm.lab.evidence.run import BOUNDS
@@ -63,8 +63,17 @@ def test_a_curve_is_a_mean_over_sets(small):
 
 def test_the_trend_is_a_line_through_all_sets(small):
     slope = np.polyfit([1, 1, 2], [1, 3, 2], 1)[0]
-    by, low, high = growth.trend(small, "sum")
-    assert by == pytest.approx(2 ** (slope / 2)) and low <= by <= high
+    # every draw has one of the two sets of two, at step 1 or 3, and the one of four, at step 2
+    assert growth.trend(small, "sum") == pytest.approx((2 ** (slope / 2), 2**-0.5, 2**0.5))
+
+
+@pytest.mark.slow
+def test_a_trend_may_be_of_some_numbers(run):
+    drawn = growth.sets(run, "TSV")
+    for first, last in ((1, 8), (8, 20), (1, 20)):
+        points = [(np.log2(n), o.picked[0][1]) for n, each in drawn.items() if first <= n <= last for o in each]
+        by, low, high = growth.trend(run, "TSV", first=first, last=last)
+        assert by == pytest.approx(2 ** (np.polyfit(*zip(*points, strict=True), 1)[0] / 2)) and low < by < high
 
 
 def test_methods_that_lack_a_set_are_left_out(small):
@@ -133,11 +142,18 @@ def test_what_the_page_says_in_words_holds(run):
     assert all(gain[first] > gain[8] > gain[last] for gain in gains.values())  # all lose
     assert all(min(gains, key=lambda label: gains[label][count]) == least for count in (16, last))
     assert max(gains, key=lambda label: gains[label][first] - gains[label][last]) == least  # plain addition most
-    trends = {label: growth.trend(run, label) for label in curves}
-    others = [trend for label, trend in trends.items() if label != least]
-    assert trends[least][1] < 1 < trends[least][2] < min(by for by, *_ in others)  # the same length
-    assert all(1 < low < high < 2**0.5 for _, low, high in others)  # a longer one, though not √2 times as long
-    assert all(1.15 < by < 1.3 for by, *_ in others)  # a sixth to three tenths
+    pairs = tables.published().select("pairs", (1,))
+    plain = tables.published().row(pairs["sum, scale 1", None]).draws
+    more = tables.published().row(pairs["TSV", None], lambda o: (0, 1)).draws - plain
+    assert interval(more)[0] > 0 and round(more[0]) == 1  # on the pairs of Two LoRAs TSV was, by a point
+    assert len(pairs["TSV", None]) > rows.SUBSETS[first]  # which are more
+    trends = [{label: growth.trend(run, label, **ends) for label in curves} for ends in ({"last": 8}, {"first": 8}, {})]
+    grown, still, line = ({k: v for k, v in each.items() if k != least} for each in trends)
+    assert all(1.25 < by < 2**0.5 and high > 2**0.5 for by, _, high in grown.values())  # nearly as the square root
+    assert all(by < 1.1 and low < 1 for by, low, _ in still.values())  # no further growth was seen
+    assert all(by < 2**0.5 and high > 1.38 for by, _, high in line.values())  # hardly told apart from the root
+    assert trends[2][least][1] < 1 < trends[2][least][2] and abs(trends[2][least][0] - 1) < 0.05  # nor plain addition
     by, low, high = growth.trend(run, "Iso-C", rows.RANK)
-    assert by < 1 and low < 1 < high < 1.05  # cut, what is flat does not want to be longer
+    assert by < 1 and low < 1 < high  # nor flat updates, cut
+    assert [rule(n) for n in (2, 4, 8)] == [1, 2, 2]  # which stops growing at four
     assert all(curve.scale[last] < last**0.5 for curve in curves.values())

@@ -92,7 +92,7 @@ def of_scales() -> dict[str, str]:
     swept = {
         each[0].trial.options[0]["alpha"]: findings.run().row(each) for each in findings.run().select("alpha").values()
     }
-    for name, alpha in (("nought", 0.0), ("one", 1.0)):
+    for name, alpha in (("nought", 0.0), ("half", 0.5), ("one", 1.0)):
         found[f"alpha {name}/lost"] = plain(swept[0.75].value - swept[alpha].value)
     for name, frames in (("alpha", findings.knob("OPCM", "alpha")), ("power", findings.powers())):
         for rank, frame in frames.items():
@@ -103,7 +103,7 @@ def of_scales() -> dict[str, str]:
 
 
 def of_streams() -> dict[str, str]:
-    run, found = findings.run(), {"larger caps": listed(map(str, CAPS[1:]))}
+    run, found = findings.run(), {"middle cap": str(CAPS[1]), "largest cap": str(CAPS[-1])}
     for cap in CAPS:
         found |= {f"lead {cap}/gain": plain(streams.reference(run, cap))}
         for label in streams.STREAMS:
@@ -193,11 +193,13 @@ def of_protocol() -> dict[str, str]:
 
 def of_growth() -> dict[str, str]:
     """Two to twenty small tasks: what is kept, the length, the rule without data."""
-    run, curves, found = growth.published(), findings.growth_curves(), {}
+    run, curves, bend = growth.published(), findings.growth_curves(), 8  # beyond which no growth was seen
+    found = {"growth bend": word(bend)}
     for label, curve in curves.items():
-        by, *ends = growth.trend(run, label)
-        found[f"growth {label}/trend"] = plain(by, 2)
-        found[f"growth {label}/trend interval"] = between(*ends, lambda x: plain(x, 2))
+        for name, span in (("early", {"last": bend}), ("late", {"first": bend})):
+            by, *ends = growth.trend(run, label, **span)
+            found[f"growth {label}/{name}"] = plain(by, 2)
+            found[f"growth {label}/{name} interval"] = between(*ends, lambda x: plain(x, 2))
         found[f"growth {label}/of last"] = plain(curve.gain.iloc[-1])
     ruled = pd.concat({label: curve.lost for label, curve in curves.items()})
     last = next(iter(curves.values())).index[-1]

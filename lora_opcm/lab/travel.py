@@ -96,9 +96,13 @@ def bases(rank: int | None = None) -> dict[str, Base]:
     }
 
 
-def recipes() -> dict[str, Base]:
-    """Recipe of training → the main rows, as ranks come, all of rank 16 and one seed: first the published recipe."""
-    run, other = tables.published(), tables.published(RECIPES)
+def recipes(alike: bool = False) -> dict[str, Base]:
+    """Recipe of training → the main rows, as ranks come, all of rank 16 and one seed: first the published recipe.
+
+    If `alike`, that is counted on the test texts that the others were tried on, which are the first ones of all.
+    """
+    other = tables.published(RECIPES)
+    run = _alike(other) if alike else tables.published()
     (seed,) = {outcome.trial.seed for outcome in other.outcomes}
     names = [name for name in dict.fromkeys(o.trial.recipe for o in other.outcomes) if not name.startswith("rank")]
     parts = {name: (other, other.select("robustness", recipe=name)) for name in names}
@@ -106,13 +110,23 @@ def recipes() -> dict[str, Base]:
     return {name: texts(evidence, None, evidence.rows(part)) for name, (evidence, part) in parts.items()}
 
 
+def _alike(other: Evidence) -> Evidence:
+    """The bake-off of the training seed of `other`, on as many test texts of each task as it has."""
+    (seed,), count = {o.trial.seed for o in other.outcomes}, max(max(o.sizes["test"]) for o in other.outcomes)
+    run = tables.published()
+    found = [o.first(count) for o in run.outcomes if (o.trial.part, o.trial.seed) == ("bake_off", seed)]
+    return Evidence(run.about, found)
+
+
 def longer(recipe: str = UNEVEN) -> pd.DataFrame:
     """What the main rows keep of the tasks whose adapters `recipe` trained longer, and of the others, in per cent.
 
-    Beside what they keep of the same tasks under the published recipe; `value` is how much more the recipe favours the
-    first over the others than the published one does, with its 95 % interval over texts.
+    Beside what they keep of the same texts under the published recipe; `value` is how much more the recipe favours the
+    first over the others than the published one does, with its 95 % interval over texts; `least` and `most` are the
+    ends of an interval so wide that those of all rows together are right in 95 % (Bonferroni).
     """
-    run, other = tables.published(), tables.published(RECIPES)
+    other = tables.published(RECIPES)
+    run = _alike(other)
     theirs = other.select("robustness", recipe=recipe)
     ours = run.select("bake_off", (theirs[PLAIN, None][0].trial.seed,))
     long = [i for i, task in enumerate(tasks()) if source(recipe, task) != "published"]
@@ -122,7 +136,9 @@ def longer(recipe: str = UNEVEN) -> pd.DataFrame:
         found = {"published": run.row(ours[label, None]), recipe: other.row(theirs[label, None])}
         kept = {(half, name): row.of(which) for half, which in halves.items() for name, row in found.items()}
         apart = {name: kept["longer", name] - kept["others", name] for name in found}
-        more = span(apart[recipe] - apart["published"])
+        draws = apart[recipe] - apart["published"]
+        wide = np.quantile(draws[1:], [0.025 / len(MAIN), 1 - 0.025 / len(MAIN)])
+        more = span(draws) | dict(zip(("least", "most"), wide.tolist(), strict=True))
         rows[label] = {f"{half}, {name}": x[0] for (half, name), x in kept.items()} | more
     return pd.DataFrame(rows).T
 
@@ -169,9 +185,16 @@ def two(evidence: Evidence) -> pd.DataFrame:
     )
 
 
-def agreement(found: Mapping[str, Base]) -> pd.DataFrame:
+def whole_answers() -> pd.Series:
+    """The length, in mean norms, at which most validation questions of puzzles are answered wholly right, by method."""
+    run = generation.Run()
+    rows = [row for row in run.rows if row.rank is None]
+    return pd.Series({SAID.get(row.label, row.label): float(generation.picks(run, row, "right")[0]) for row in rows})
+
+
+def agreement(found: Mapping[str, Base], without: str = "") -> pd.DataFrame:
     """Spearman's correlation of the methods' gains between every two bases, with 95 % intervals over examples."""
-    labels, names, rows = common(found), list(found), []
+    labels, names, rows = [label for label in common(found) if label != without], list(found), []
     ranks = {name: rankdata([found[name][label].gain for label in labels], axis=0) for name in names}
     for i, one in enumerate(names):
         for other in names[i + 1 :]:

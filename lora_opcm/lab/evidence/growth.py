@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from . import tables
-from .choice import ratio, rule
+from .choice import RESAMPLES, ratio, rule
 from .outcomes import Outcome
 from .tables import Evidence, interval
 
@@ -61,12 +61,26 @@ def _ends(name: str, draws: np.ndarray) -> dict[str, float]:
     return dict(zip((f"{name}low", f"{name}high"), interval(draws), strict=True))
 
 
-def trend(evidence: Evidence, label: str, rank: int | None = None) -> tuple[float, float, float]:
+def trend(
+    evidence: Evidence, label: str, rank: int | None = None, first: int = 1, last: float = np.inf
+) -> tuple[float, float, float]:
     """How much longer validation texts want the merge where adapters are twice as many: the factor, and its 95 %
-    interval. Least squares of the step of the scale on the logarithm of the number of adapters, over sets."""
-    outcomes = [o for each in sets(evidence, label, rank).values() for o in each]
-    x = np.log2([len(o.trial.tasks) for o in outcomes])
-    x = x - x.mean()
-    steps = np.array([[step for _, step in o.picked] for o in outcomes])
-    slopes = ratio((x @ steps) / (x @ x))
+    interval, over sets of `first` to `last` adapters.
+
+    Least squares of the step of the scale on the logarithm of the number of adapters, over sets. The interval draws
+    validation texts again, and sets inside each number of adapters: of n of them n − 1, as n would vary too little. The
+    only set of its number is in every draw.
+    """
+    x, many, means = [], [], []
+    for count, outcomes in sets(evidence, label, rank).items():
+        if first <= count <= last:
+            n = len(outcomes)
+            drawn = np.random.default_rng(count).multinomial(max(n - 1, 1), np.full(n, 1 / n), size=RESAMPLES)
+            weights = np.concatenate([np.ones((1, n)), drawn])
+            steps = np.array([[step for _, step in o.picked] for o in outcomes]).T
+            means.append(np.average(np.broadcast_to(steps, weights.shape), 1, weights))
+            x.append(np.log2(count))
+            many.append(n)
+    x = many * (x - np.average(x, weights=many))  # one line through all sets: as many as there are of each number
+    slopes = np.exp2(x @ np.stack(means) / (x**2 / many).sum() / 2)
     return float(slopes[0]), *interval(slopes)
