@@ -54,6 +54,11 @@ class LowRank:
         return self.left.shape[0], self.right.shape[1]
 
     @property
+    def width(self) -> int:
+        """`rank` without columns of zeros, which bring modules to one rank."""
+        return int(((self.left != 0).any(0) & (self.right != 0).any(1)).sum())
+
+    @property
     def rank(self) -> int:
         """Number of columns of `left`: an upper bound of the rank of ΔW."""
         return self.left.shape[1]

@@ -145,3 +145,21 @@ def test_full_tensors_stay_when_their_adapter_is_removed(said, heads, tmp_path):
     assert "full tensors" not in said("remove", "s", "c").err
     said("export", "s", "-o", "m")
     assert all(torch.equal(t, found["a"][k]) for k, t in kept(tmp_path / "m").items())
+
+
+def test_an_update_and_a_full_tensor_of_one_layer_are_refused(said, tmp_path):
+    """peft loads one of them, and says nothing."""
+    rng, shapes = np.random.default_rng(0), {"layers.0.q": (12, 8)}
+    write_peft(tmp_path / "low", random_factors(rng, shapes | {"head": (3, 8)}, 2))
+    write_peft(
+        tmp_path / "full",
+        random_factors(rng, shapes, 2),
+        full={"head.weight": torch.ones(3, 8)},
+        modules_to_save=["head"],
+    )
+    for order in (["low", "full"], ["full", "low"]):
+        for words in (["merge", *order, "-o", "m"], ["add", "s" + order[0], *order]):
+            told = said(*words, "--full", "first", code=2).err
+            assert "head.weight in full in one and an update in the other, which peft would not add" in told
+        said("merge", *order, "-o", order[0] + "m", "--full", "drop")
+        said("merge", *order, "-o", order[0] + "n", "--full", "first", "--drop", "head")

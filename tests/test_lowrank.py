@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from factories import dense, error, update
+from factories import adapter, dense, error, update
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -172,3 +172,17 @@ def test_what_merges_hand_on_cannot_be_changed(kind):
     """Nor is what holds tensors compared by them, which torch cannot say in one word."""
     said = kind.__dataclass_params__
     assert said.frozen and said.eq == (kind in (Method, Machine, Plan))
+
+
+@pytest.mark.parametrize("method, options", [("svd", {}), ("ctm", {"rank": 12})])
+def test_columns_of_zeros_change_no_merge(method, options):
+    """Which bring the modules of an adapter to one rank, and are no directions."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"a": (16, 16), "b": (16, 16)}
+    one, two = (adapter(sizes, 3, generator, torch.float64) for _ in range(2))
+    pad = lambda x: torch.nn.functional.pad(x, (0, 4))  # noqa: E731
+    wide = [a.with_modules({n: LowRank(pad(u.left), pad(u.right.mT).mT) for n, u in a.items()}) for a in (one, two)]
+    assert {u.rank for u in wide[0].values()} == {7} and {u.width for u in wide[0].values()} == {3}
+    plain, padded = merge([one, two], method, **options), merge(wide, method, **options)
+    for name in sizes:
+        assert error(padded[name], plain[name].delta()) < 1e-9

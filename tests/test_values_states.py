@@ -23,6 +23,9 @@ from by_hand import (
     whitened_sum,
     write_peft,
 )
+from factories import adapter, error
+
+import lora_opcm as lo
 
 SHAPES = {"layers.0.q": (24, 18), "layers.1.up": (40, 12)}
 CLIP = "text_model.encoder.layers.0.mlp.fc1"  # a module that kohya has a name for
@@ -203,3 +206,21 @@ def test_small_numbers_do_not_fade_in_half_precision(said, tmp_path, words, smal
         write_peft(tmp_path / "zero", half, dtype=torch.float16)
         (tmp_path / "zero" / "merge_recipe.json").write_bytes(keep)
         said("verify", "a", "--against", "zero", code=1)
+
+
+def test_a_state_of_factors_is_never_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    adapters = [adapter(SHAPES, 3, generator, torch.bfloat16) for _ in range(3)]
+    merger = lo.FactorMerger(gauge="balanced")
+    for one in adapters:
+        merger.add(one)
+    merged = lo.merge(adapters, "lora_opcm", gauge="balanced", scale="norm", dtype=torch.float32)
+    found = merger.adapter(dtype=torch.float32)
+    for name in SHAPES:
+        assert error(found[name], merged[name].delta()) < 1e-5
+
+
+def test_a_link_to_nothing_is_no_output(said, abc, tmp_path):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for words in (["merge", "a", "b", "-o", "dangling"], ["resize", "a", "--rank", 2, "-o", "dangling", "--overwrite"]):
+        assert "dangling: a link to what is not there" in said(*words, code=2).err

@@ -554,3 +554,25 @@ def test_a_format_that_is_none_is_refused_by_name(said, tmp_path, words, output)
     told = said(*words, "-o", output, code=2).err
     assert "format is 'khoya', expected one of peft, kohya, diffusers" in told and "did you mean 'kohya'?" in told
     assert not (tmp_path / output).exists()
+
+
+def test_a_config_beside_a_file_that_says_its_scales_is_not_of_it(tmp_path):
+    """A diffusers file in the folder of a PEFT adapter; and keys of kohya where PEFT's are expected."""
+    torch.manual_seed(0)
+    name = "unet.down_blocks.0.attentions.0.to_q"
+    factors = {f"{name}.lora_A.weight": torch.randn(4, 8), f"{name}.lora_B.weight": torch.randn(6, 4)}
+    header = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 4})}
+    config = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": ["to_q"], "use_dora": True})
+    for folder in ("alone", "beside"):
+        (tmp_path / folder).mkdir()
+        save_file(factors, tmp_path / folder / "pytorch_lora_weights.safetensors", metadata=header)
+    (tmp_path / "beside" / "adapter_config.json").write_text(config)
+    one, other = (lo.load_adapter(tmp_path / f / "pytorch_lora_weights.safetensors") for f in ("alone", "beside"))
+    assert one.norm() == other.norm() and one.format == other.format == "diffusers"
+    short = {
+        f"lora_unet_x.lora_{side}.weight": factors[f"{name}.lora_{x}.weight"]
+        for side, x in (("down", "A"), ("up", "B"))
+    }
+    save_file(short, tmp_path / "beside" / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="kohya keys: adapter_config.json beside it says nothing of them"):
+        lo.load_adapter(tmp_path / "beside" / "adapter_model.safetensors")

@@ -170,6 +170,8 @@ def refuse_existing(output: Path, overwrite: bool, format: str | None = None) ->
     """
     if format is not None:
         expect_format(format, str(output))
+    if output.is_symlink() and not output.exists():
+        raise AdapterError(f"{output}: a link to what is not there")
     if format == "peft" and output.is_file() and overwrite:
         raise AdapterError(f"{output}: a PEFT adapter is a folder, got a file that exists")
     if format == "peft" and output.suffix == ".safetensors":

@@ -21,10 +21,18 @@ def full_tensors(adapters: Sequence[Adapter], how: str | None = None) -> dict[st
     Raises
     ------
     AdapterError
-        If they differ and `how` is not given; for a mean of other shapes, or of tensors that are no floats.
+        If they differ and `how` is not given; for a mean of other shapes, or of tensors that are no floats; if a layer
+        is full in one adapter and has an update in another.
     """
     if how == "drop":
         return {}
+    for name in sorted({name for a in adapters for name in a.saved}):
+        if low := [a for a in adapters if name.removesuffix(".weight") in a.modules]:
+            full = next(a for a in adapters if name in a.saved)
+            raise AdapterError(
+                f"{full.source} and {low[0].source}: {name} in full in one and an update in the other, which peft would"
+                " not add: --full drop (full=) leaves the full tensors out, --drop (drop=) modules by name"
+            )
     saved = dict(adapters[0].saved)
     for other in adapters[1:]:
         both = f"{adapters[0].source} and {other.source}"

@@ -163,7 +163,7 @@ def dropping(adapters: Sequence[Adapter], patterns: Sequence[str]) -> list[Adapt
             raise AdapterError(
                 f"--drop {pattern}: no name of {_sources(adapters)} matches, expected one such as {min(names)}"
             )
-        gone.update(hit)
+        gone |= {*hit, *(f"{name}.base_layer.weight" for name in hit)}  # a weight of the base that peft saved unasked
     found = []
     for adapter in adapters if gone else ():
         kept = adapter.with_modules({name: u for name, u in adapter.items() if name not in gone})

@@ -180,6 +180,8 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
             f"{where}: {len(tensors.keys())} tensors with names of up to {max(map(len, tensors.keys()))} characters,"
             f" expected at most {MAX_TENSORS} and {MAX_NAME}: no adapter has more"
         )
+    if CONFIGS in metadata and path.name != peft.WEIGHTS:
+        config = None  # a file that says its scales needs no folder that says others
     dialects, factors, rest = group(tensors.keys(), where)
     rest = _without_zeros(tensors, rest, where)
     saved: dict[str, str] = {}
@@ -207,7 +209,10 @@ def _layout(tensors: Tensors, path: Path, config: dict | None) -> Layout:
             dialects = {"diffusers"}
         if len(dialects) > 1:
             raise AdapterError(f"{where}: expected keys of one format, got {' and '.join(sorted(dialects))}")
-        (format,), config = dialects, {}
+        (format,) = dialects
+        if config is not None and path.name == peft.WEIGHTS:
+            warnings.warn(f"{where}: {format} keys: {CONFIG} beside it says nothing of them", stacklevel=2)
+        config = {}
         unsaid = {n: min(parts.values()) for n, parts in factors.items() if "alpha" not in parts}
         wrapped = [n for n, key in unsaid.items() if key.startswith(peft.PREFIX)]
         if wrapped and format == "diffusers" and CONFIGS not in metadata:

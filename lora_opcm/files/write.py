@@ -65,7 +65,8 @@ def save_adapter(
         raise AdapterError(f"{path}: a {format} adapter is one file, expected a name ending in .safetensors")
     if path.is_dir() or (path.exists() and not overwrite):
         raise AdapterError(f"{path}: exists already, and overwriting is not asked for (overwrite=True)")
-    odd = [n for n, kind in adapter.kinds.items() if kind.name in ("embedding", "expert")] + list(adapter.saved)
+    odd = [n for n, kind in adapter.kinds.items() if n in adapter and kind.name in ("embedding", "expert")]
+    odd += list(adapter.saved)
     if odd:
         raise AdapterError(
             f"{adapter.source}: {odd[0]} is an embedding, an expert or a full tensor, which {format} cannot hold"

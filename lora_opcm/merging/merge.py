@@ -189,7 +189,8 @@ def merge_part(
 
     def cut(name: str) -> dict:
         largest = entry.largest and rank is None and energy is None
-        return {"rank": max(1, *ranks[name]) if largest else rank, "energy": energy}
+        widest = max((a.modules[name].width for a in adapters if name in a.modules), default=1) if largest else 0
+        return {"rank": max(1, widest) if largest else rank, "energy": energy}
 
     def one(name: str, updates: list[LowRank]) -> Merged:
         if plain and sum(u.rank for u in updates) <= min(shapes[name]):

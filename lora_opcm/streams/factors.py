@@ -8,6 +8,7 @@ from ..lowrank import LowRank
 from ..merging.core import Core
 from ..merging.rules.factors import sides
 from ..merging.rules.projection import project
+from ..numerics import working_dtype
 from ..values import AUTO, Gauge, Scale, Share
 from ..values import norms as norms_of
 from .stream import State, Stream
@@ -30,6 +31,7 @@ class FactorMerger(Stream[Pair]):
         super().__init__(alpha=alpha, gauge=gauge, scale=scale)
 
     def grow(self, kept: Pair | None, update: LowRank) -> tuple[Pair, dict[str, float]]:
+        update = update.to("cpu", working_dtype(update.dtype))  # the state is never half precision
         (left,), (right,) = sides([update], self.gauge)
         let_in = left.norm() ** 2, right.norm() ** 2
         norms = dict(zip(SIDES, let_in, strict=True))

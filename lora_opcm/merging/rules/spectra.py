@@ -28,8 +28,10 @@ def iso_cts(core: Core, common: Share = 0.8, rank: Limit = None, energy: Energy 
 
     With `rank` or `energy` it is that many directions of the sum that the shares are of.
     """
-    count = len(core.factors)
-    u, s, vh = leading(core.total(), core.dtype, rank, energy)
+    count, total = len(core.factors), core.total()
+    if float(total.norm()) <= RTOL_SINGLE * sum(f.norm() for f in core.factors):  # of what cancels, rounding is left
+        return torch.zeros_like(total)
+    u, s, vh = leading(total, core.dtype, rank, energy)
     each = min(round((1 - common) * len(s) / count), len(s) // count)
     k = len(s) - each * count
     left, spectrum, right = [u[:, :k]], [s[:k]], [vh[:k].mT]
