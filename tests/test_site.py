@@ -23,9 +23,9 @@ def page(context):
 
 
 def _scroll_through(page):
-    """Past everything that waits for its turn, a screen and two frames at a time."""
+    """Past everything that waits for its turn, a screen and two frames at a time; a browser may lose a frame."""
     page.evaluate("""async () => {
-        const frame = () => new Promise(done => requestAnimationFrame(done));
+        const frame = () => new Promise(done => { requestAnimationFrame(done); setTimeout(done, 1000); });
         for (let y = 0; y < document.body.scrollHeight; y += innerHeight) {
             scrollTo({top: y, behavior: "instant"}); await frame(); await frame();
         }
