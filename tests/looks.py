@@ -17,7 +17,9 @@ CUT_IN_LINES = """() => [...document.querySelectorAll("mjx-container:not([displa
         && !block.closest(".pst-scrollable-table-container") && !m.closest(".lo-wide");
 }).map(m => m.parentElement.textContent)"""
 TABLES = """async () => {
-    const next = () => new Promise(done => { requestAnimationFrame(() => setTimeout(done, 60)); setTimeout(done, 1000); });
+    const next = () => new Promise(done => {
+        requestAnimationFrame(() => setTimeout(done, 60)); setTimeout(done, 1000);
+    });
     window.dispatchEvent(new Event("resize")); await next();
     const found = [];
     for (const table of document.querySelectorAll(".bd-article table")) {
