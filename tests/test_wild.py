@@ -576,3 +576,19 @@ def test_a_config_beside_a_file_that_says_its_scales_is_not_of_it(tmp_path):
     save_file(short, tmp_path / "beside" / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="kohya keys: adapter_config.json beside it says nothing of them"):
         lo.load_adapter(tmp_path / "beside" / "adapter_model.safetensors")
+
+
+def test_what_is_dropped_does_not_hold_back_a_format(tmp_path):
+    """An embedding left out, of an adapter that kohya can hold otherwise."""
+    torch.manual_seed(0)
+    layer, table = "text_model.encoder.layers.0.mlp.fc1", "text_model.embeddings.token_embedding"
+    config = {"auto_mapping": {"base_model_class": "CLIPTextModel"}, "peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    keys = {f"{layer}.lora_A.weight": (2, 8), f"{layer}.lora_B.weight": (6, 2)}
+    keys |= {f"{table}.lora_embedding_A": (2, 9), f"{table}.lora_embedding_B": (8, 2)}
+    tensors = {f"base_model.model.{key}": torch.randn(shape) for key, shape in keys.items()}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["fc1"]}))
+    merged = lo.merge(tmp_path / "a", method="cat", drop=["*token_embedding"])
+    merged.save(tmp_path / "m.safetensors", format="kohya")
+    assert len(lo.load_adapter(tmp_path / "m.safetensors")) == 1
