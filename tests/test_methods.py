@@ -593,8 +593,9 @@ def test_a_plain_sum_is_the_stored_factors_side_by_side(method, generator):
     assert found.right.equal(torch.cat([one.right, other.right]))
 
 
-def test_iso_cts_of_what_cancels_is_nothing():
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"energy": 0.7}, {"common": 0.3}])
+def test_iso_cts_of_what_cancels_is_nothing(options):
     """p − p in another gauge: of the sum rounding is left, and no direction of a task beside it."""
     (p,) = stream(torch.float32, count=1)
-    merged = lo.merge([p, p.regauge(seed=1)], "iso_cts", weights=[1, -1], scale=1.0)
+    merged = lo.merge([p, p.regauge(seed=1)], "iso_cts", weights=[1, -1], scale=1.0, **options)
     assert merged.norm() < 1e-4 * p.norm()

@@ -125,6 +125,8 @@ def factors_of(
 
 def _unfaded(update: LowRank, dtype: torch.dtype) -> LowRank:
     """The update, `rounded` to a dtype where a column would lose more than its last bit: too small or large for it."""
+    if torch.promote_types(update.dtype, dtype) == dtype:  # which holds all numbers of the other: nothing to look at
+        return update
     for x in (update.left, update.right.mT):
         lost, size = (torch.linalg.vector_norm(y, dim=0, dtype=torch.float64) for y in (x.to(dtype).to(x.dtype) - x, x))
         if not bool((lost <= torch.finfo(dtype).eps * size).all()):
