@@ -1,6 +1,7 @@
 """From two adapters to twenty: curves are counted again from single texts."""
 
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_the_trend_is_a_line_through_all_sets(small):
     slope = np.polyfit([1, 1, 2], [1, 3, 2], 1)[0]
     # every draw has one of the two sets of two, at step 1 or 3, and the one of four, at step 2
     assert growth.trend(small, "sum") == pytest.approx((2 ** (slope / 2), 2**-0.5, 2**0.5))
+
+
+def test_of_four_sets_three_are_drawn(small):
+    """One of the four is at step 1, the others at 3. In 16 % of draws it is two of three at least, in 1.6 % all."""
+    pairs = [merged(names, 3 if i else 1, {1: 8, 3: 5}) for i, names in enumerate(list(combinations(NAMES, 2))[:4])]
+    made = Evidence({}, [*small.outcomes[:2], *pairs, small.outcomes[-1]])  # the one of four is at step 2
+    assert growth.trend(made, "sum") == pytest.approx([2 ** ((2 - step) / 2) for step in (2.5, 3, 5 / 3)])
 
 
 @pytest.mark.slow
