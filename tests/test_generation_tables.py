@@ -138,7 +138,7 @@ def test_intervals_follow_the_binomial_law(run):
 
 
 def test_an_interval_over_tasks_is_that_of_their_draws(run):
-    """Two tasks are drawn twice: the ends are the gain of either task alone."""
+    """Of two tasks one is drawn: the ends are the gain of either task alone."""
     right = run.rows[0].marks["test"][1.0]["right"]
     alone = (run.by_task(right) - run.by_task(run.base["test"]["right"])) / (
         run.by_task(run.own["test"]["right"]) - run.by_task(run.base["test"]["right"])

@@ -56,16 +56,6 @@ def test_the_table_is_counted_from_single_texts(run):
             assert line.low <= line.minus <= line.high
 
 
-def test_few_seeds_are_drawn_as_far_apart_as_they_lie():
-    """Without any noise of texts the mean of n seeds varies by the unbiased variance of the seeds over n."""
-    for count in (2, 3, 5):
-        values = np.random.default_rng(count).normal(size=count)
-        found = streams.over_seeds(np.repeat(values[:, None], 1 + tables.RESAMPLES, 1))
-        assert found[0] == pytest.approx(values.mean())
-        assert found[1:].var() == pytest.approx(values.var(ddof=1) / count, rel=0.15)
-    assert (streams.over_seeds(np.ones((1, 1 + tables.RESAMPLES))) == 1).all()
-
-
 def test_with_64_directions_surely_and_with_fewer_on_average(run):
     """By a formula for the seeds, not by drawing: the variance of texts, plus that of seeds over their number."""
     kept, whole, surely = gains(run, ("stream",)), gains(run, ("bake_off", "joint")), []

@@ -112,7 +112,7 @@ def test_a_difference_is_taken_text_by_text():
 
 
 def test_seeds_are_drawn_once_for_all_tasks_and_methods():
-    """Of four training seeds one is all right: a resample has Binomial(4, 1/4) of it."""
+    """Of four training seeds one is all right: a resample draws three and has Binomial(3, 1/4) of it."""
     seeds = np.zeros((4, 50))
     seeds[2] = 1
     other = seeds[[2, 3, 0, 1]]  # another seed is right: with the first, always as many as seeds 0 and 2
@@ -123,11 +123,11 @@ def test_seeds_are_drawn_once_for_all_tasks_and_methods():
     table = summary(fixed | {"m": {"x": seeds, "y": seeds}, "twin": {"x": seeds, "y": seeds},
                              "rest": {"x": seeds, "y": 1 - seeds},
                               "two": {"x": seeds, "y": other}}, against="m")  # fmt: skip
-    law = binom.ppf([0.025, 0.975], 4, 1 / 4) / 4
-    assert list(law) == [0, 0.75] == bounds(table, "m", "x", "accuracy") == bounds(table, "m", "mean", "accuracy")
+    law = list(binom.ppf([0.025, 0.975], 3, 1 / 4) / 3)
+    assert law == [0, 2 / 3] == bounds(table, "m", "x", "accuracy") == bounds(table, "m", "mean", "accuracy")
     assert table.value["m", "x", "accuracy"] == 0.25
     assert bounds(table, "rest", "mean", "accuracy") == [0.5, 0.5]
-    assert bounds(table, "two", "mean", "accuracy") == list(binom.ppf([0.025, 0.975], 4, 1 / 2) / 8)
+    assert bounds(table, "two", "mean", "accuracy") == list(binom.ppf([0.025, 0.975], 3, 1 / 2) / 6)
     assert bounds(table, "twin", "mean", "gain difference") == [0, 0]
     one = summary({m: {"x": c["x"][2]} for m, c in (fixed | {"m": {"x": seeds}}).items()})
     assert bounds(one, "m", "x", "accuracy") == [1, 1]  # a single seed has no spread

@@ -71,8 +71,8 @@ INSIDE = {
     "merging": "core batch method remarks rules space sketch counts merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
     "command": "console card recipe tables drawing report states merges tune app",
-    "lab": "assets gguf embedded tasks bases attach protocol evaluation training train experiments evidence generation"
-    " travel tune",
+    "lab": "assets gguf embedded tasks bases attach protocol resampling evaluation training train experiments evidence"
+    " generation travel tune",
 }
 
 

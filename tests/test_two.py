@@ -51,17 +51,25 @@ def test_a_table_of_pairs(small):
     assert table.ahead.tolist() == [0, 0] and (table["minus low"] <= table["minus"]).all()
 
 
-def test_tasks_are_drawn_and_pairs_follow(small):
-    """All 27 draws of three tasks by hand: a pair counts the product of its tasks, and no pair is no draw."""
-    found = two.methods(small)
-    less, whole = {"ab": 12, "ac": 2, "bc": 4}, {"ab": 14, "ac": 12, "bc": 10}
+def test_tasks_are_drawn_and_pairs_follow():
+    """All 64 draws of three of four tasks by hand: a pair counts the product of its tasks, and no pair is no draw."""
+    own, rest = OWN | {"d": 9}, {"rank": 16}
+    made = [outcome("zero-shot", "", dict.fromkeys(own, 2), natural=True)]
+    made.append(outcome("own adapter", "own", own, natural=True))
+    less = {"ab": 12, "ac": 2, "bc": 4, "ad": 6, "bd": 0, "cd": 8}
+    whole = {pair: sum(own[x] - 2 for x in pair) for pair in less}
+    for pair, lost in less.items():
+        made.append(outcome("sum", "cat", {x: own[x] for x in pair}, **rest))
+        halves = lost // 2, lost - lost // 2
+        made.append(outcome("mean", "mean", {x: own[x] - n for x, n in zip(pair, halves)}, **rest))
+    found = two.methods(Evidence({}, made))
     values = []
-    for draw in np.ndindex(3, 3, 3):
-        times = {x: sum("abc"[i] == x for i in draw) for x in "abc"}
+    for draw in np.ndindex(4, 4, 4):
+        times = {x: sum("abcd"[i] == x for i in draw) for x in "abcd"}
         weight = {pair: times[pair[0]] * times[pair[1]] for pair in less}
         if any(weight.values()):
             values.append(-100 * sum(weight[p] * less[p] for p in less) / sum(weight[p] * whole[p] for p in less))
-    assert len(values) == 24
+    assert len(values) == 60
     ends = np.quantile(values, [0.025, 0.975])
     assert two.over_tasks(found["mean"], found["sum"]) == pytest.approx(tuple(ends), abs=0.01)
     assert two.over_tasks(found["sum"], found["sum"]) == (0, 0)

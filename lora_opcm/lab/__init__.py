@@ -1,7 +1,7 @@
 """Tasks, training and evaluation: everything that needs transformers, peft and datasets.
 
-Each part imports only from those before it: `assets`, `embedded`, `tasks`, `bases`, `attach`, `training`, `evaluation`,
-`train` (the command), `experiments`, `evidence`, `generation`, `tune`.
+Each part imports only from those before it: `assets`, `embedded`, `tasks`, `bases`, `attach`, `training`, `resampling`,
+`evaluation`, `train` (the command), `experiments`, `evidence`, `generation`, `tune`.
 """
 
 from .assets import AssetError, cache_dir

@@ -17,6 +17,7 @@ from .assets import cache_dir
 from .attach import applied
 from .bases import classifier
 from .bases.encoder import MINILM
+from .resampling import redrawn
 from .tasks import Task
 
 TOKENS_PER_BATCH = 4096  # keeps the activations of a batch in cache; larger ones are slower on a CPU
@@ -197,7 +198,7 @@ def summarise(
     points = {m: np.array([correct[m][t].mean() for t in names]) for m in correct}
     draws = {m: np.empty((RESAMPLES, len(names))) for m in correct}
     seeds = len(correct[own][names[0]])
-    share = rng.multinomial(seeds, [1 / seeds] * seeds, size=RESAMPLES) / seeds
+    share = redrawn(seeds, seed, RESAMPLES)[1:]
     for j, task in enumerate(names):
         count = correct[own][task].shape[1]
         pick = rng.integers(count, size=(RESAMPLES, count))

@@ -130,8 +130,7 @@ def _rows(run: Evidence, rows: Mapping[tuple, Row]) -> dict:
 
 def _entry(row: Row) -> dict:
     """The gain kept and the accuracies, each with its interval."""
-    share = tables.seed_weights(len(row.outcomes)).T[..., None]
-    draws = (row.accuracy * share).sum(0)  # (1 + resamples, tasks)
+    draws = tables.over_seeds(row.accuracy)  # (1 + resamples, tasks)
     low, high = np.quantile(draws[1:], [0.025, 0.975], axis=0)
     ends = [row.value, *tables.interval(row.draws)]
     return {"gain": [round(x, 2) for x in ends], "accuracy": [_percent(x) for x in (draws[0], low, high)]}

@@ -5,16 +5,15 @@ went in (`ratio`). The grid is geometric and the same for every method: 2^(step/
 either end until the best is inside.
 """
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 
 import numpy as np
+
+from ..resampling import draws
 
 START = range(-2, 5)  # steps: ratios ½, 1/√2, 1, √2, 2, 2√2, 4
 ENDS = (-8, 10)
 RULE = 2  # the step of the rule without data, min(√T, 2) mean norms, for four adapters or more: see `rule`
-RESAMPLES = 1000
 DIGITS = 9  # of a score: two that differ by less are equal
 Candidate = tuple[int, int]  # which options of the row, and the step of the scale
 
@@ -27,18 +26,6 @@ def ratio(step: int) -> float:
 def rule(count: int) -> int:
     """The step nearest to the rule without data for so many adapters."""
     return min(round(np.log2(count)), RULE)
-
-
-@cache
-def draws(task: str, count: int, split: str) -> np.ndarray:
-    """How often each text of a task counts, shape=[1 + resamples, texts]; the first row is no resample.
-
-    Texts are drawn with replacement inside the task, and the same ones wherever it occurs: what is compared is compared
-    on the same texts, whatever other tasks stand beside them and in whatever order.
-    """
-    rng = np.random.default_rng(zlib.crc32(task.encode()) + (split == "validation"))
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    return np.concatenate([np.ones((1, count)), drawn]).astype(np.float32)
 
 
 def shares(bits: np.ndarray, tasks: Sequence[str], sizes: Sequence[int], split: str) -> np.ndarray:

@@ -7,8 +7,9 @@ put it; the scale is chosen for every set anew.
 import numpy as np
 import pandas as pd
 
+from ..resampling import redrawn
 from . import tables
-from .choice import RESAMPLES, ratio, rule
+from .choice import ratio, rule
 from .outcomes import Outcome
 from .tables import Evidence, interval
 
@@ -68,15 +69,13 @@ def trend(
     interval, over sets of `first` to `last` adapters.
 
     Least squares of the step of the scale on the logarithm of the number of adapters, over sets. The interval draws
-    validation texts again, and sets inside each number of adapters: of n of them n − 1, as n would vary too little. The
-    only set of its number is in every draw.
+    validation texts again, and sets inside each number of adapters. The only set of its number is in every draw.
     """
     x, many, means = [], [], []
     for count, outcomes in sets(evidence, label, rank).items():
         if first <= count <= last:
             n = len(outcomes)
-            drawn = np.random.default_rng(count).multinomial(max(n - 1, 1), np.full(n, 1 / n), size=RESAMPLES)
-            weights = np.concatenate([np.ones((1, n)), drawn])
+            weights = redrawn(n, count)
             steps = np.array([[step for _, step in o.picked] for o in outcomes]).T
             means.append(np.average(np.broadcast_to(steps, weights.shape), 1, weights))
             x.append(np.log2(count))

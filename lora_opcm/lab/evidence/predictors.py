@@ -20,6 +20,7 @@ from ...files.shipped import adapter_path, results
 from ...lowrank import LowRank
 from ..experiments.adapters import contents
 from ..experiments.results import save_results
+from ..resampling import redrawn
 from ..tasks import tasks
 from . import recipes, tables
 from .choice import Candidate
@@ -65,11 +66,12 @@ def correlation(measure: pd.Series, lost: np.ndarray, count: int = 2000) -> tupl
     Pairs share tasks, so the interval draws tasks with replacement: a pair counts as often as both of its tasks were
     drawn, and loses what it does in one resample of the texts.
     """
-    x, rng, draws = measure.to_numpy(), np.random.default_rng(0), []
+    x, draws = measure.to_numpy(), []
     names = sorted({task for pair in measure.index for task in pair})
     ends = np.array([[names.index(task) for task in pair] for pair in measure.index])
-    for r in 1 + np.arange(count) % (lost.shape[1] - 1):
-        often = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[ends].prod(1)
+    for i, weights in enumerate(redrawn(len(names), 0, count)[1:]):
+        r = 1 + i % (lost.shape[1] - 1)
+        often = (weights * (len(names) - 1)).round().astype(int)[ends].prod(1)
         sample = np.repeat(np.arange(len(ends)), often)
         if len(np.unique(x[sample])) > 2:
             draws.append(spearmanr(x[sample], lost[sample, r])[0])

@@ -72,6 +72,7 @@ CAPS = {16: 20, 32: 5, 64: 5}  # rank → orders tried
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 CUTS = (4, 8, 32, 64, 128)
 SUBSETS = {2: 6, 4: 4, 8: 3, 16: 2, 20: 1}  # how many small tasks → how many draws of them
+GROWTH_ROWS = ("task arithmetic", "TSV", "Iso-C", "OPCM", "whitened sum", "output whitening")
 PAIR_ROWS = ("task arithmetic", "TIES", "TSV", "OPCM", "whitened sum", "output whitening")
 
 
@@ -154,8 +155,18 @@ def growth(seed: int) -> Iterator[Trial]:
     ]
     for rank in (None, RANK):
         for _, names in sorted(drawn, key=lambda one: one[0]):
-            for label in ("task arithmetic", "TSV", "Iso-C", "OPCM", "whitened sum", "output whitening"):
+            for label in GROWTH_ROWS:
                 yield _travelled(_row("growth", label, tasks=names, seed=seed, rank=rank))
+
+
+def fours(seed: int, recipe: str) -> Iterator[Trial]:
+    """Four of the eight tasks, every other one, and two of these: between pairs and all eight."""
+    for first in (1, 0):
+        names = tasks()[first::2]
+        yield from bounds("growth", tasks=names, seed=seed, recipe=recipe)
+        for some in (names, names[:2], names[2:]):
+            for label in GROWTH_ROWS:
+                yield _travelled(_row("growth", label, tasks=some, seed=seed, recipe=recipe))
 
 
 def robustness(seed: int) -> Iterator[Trial]:
@@ -194,7 +205,7 @@ def _travelled(trial: Trial) -> Trial:
 
 
 def elsewhere(base: str, seed: int = 1) -> list[Trial]:
-    """The main rows on another base, and pairs at scales that nothing chose."""
+    """The main rows on another base, pairs at scales that nothing chose, and two and four adapters at chosen ones."""
     rest = {"tasks": tasks(), "seed": seed, "recipe": base}
     found = [*bounds("bake_off", **rest), *as_published("bake_off", **rest)]
     labels = ("task arithmetic", "Iso-C", "sequential whitening", *TRAVELLED)
@@ -203,7 +214,7 @@ def elsewhere(base: str, seed: int = 1) -> list[Trial]:
     found += [replace(t, rank=RANK) for t in found if t.label in (*MAIN, "sequential whitening") and not t.natural]
     for names in combinations(tasks(), 2):
         found += as_published("pairs", **rest | {"tasks": names})
-    return found
+    return [*found, *fours(seed, base)]
 
 
 def published() -> list[Trial]:

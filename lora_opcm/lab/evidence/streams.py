@@ -8,7 +8,7 @@ import pandas as pd
 
 from . import rows, tables
 from .rows import RANK
-from .tables import Evidence, Row, interval, seed_weights
+from .tables import Evidence, Row, interval
 
 STREAMS = tuple(rows.STREAMS)
 
@@ -51,19 +51,6 @@ def reference(evidence: Evidence, cap: int) -> float:
     return float(np.mean([at_hand(evidence, cap, seed)[1].value for seed in seeds(evidence, cap)]))
 
 
-def over_seeds(draws: np.ndarray) -> np.ndarray:
-    """The mean over training seeds, which are drawn again in the resamples, shape=[1 + resamples].
-
-    The mean of n seeds that are drawn from n varies by (n − 1)/n of what the mean of n other seeds does, by half of it
-    where there are two. So what the drawing moves is stretched by √(n/(n − 1)), which makes its variance unbiased.
-
-    `draws` is one row a seed, shape=[seeds, 1 + resamples].
-    """
-    count, mean = len(draws), draws.mean(0)
-    moved = (seed_weights(count).T * draws).sum(0) - mean
-    return mean + moved * (count / max(count - 1, 1)) ** 0.5
-
-
 @cache
 def minus(evidence: Evidence, label: str, cap: int) -> np.ndarray:
     """The mean over orders less `at_hand` of the seed, shape=[seeds, 1 + resamples]."""
@@ -82,8 +69,8 @@ def table(evidence: Evidence) -> pd.DataFrame:
     -------
     DataFrame
         `seeds`, `orders` of each; `mean`, `worst`, `best` over orders of all seeds; `minus`, `low`, `high`: the mean
-        over orders less `at_hand` of the seed, the mean over seeds, with a 95 % interval over texts and seeds, see
-        `over_seeds`; `within`: of how many orders, all seeds together, no more than the margin is lost to it.
+        over orders less `at_hand` of the seed, the mean over seeds, with a 95 % interval over texts and seeds;
+        `within`: of how many orders, all seeds together, no more than the margin is lost to it.
     """
     lines = []
     for cap in caps(evidence):
@@ -91,7 +78,7 @@ def table(evidence: Evidence) -> pd.DataFrame:
             kept = {seed: orders(evidence)[label, cap, seed] for seed in seeds(evidence, cap)}
             values = np.array([[row.value for row in each] for each in kept.values()])
             best = [at_hand(evidence, cap, seed)[1] for seed in kept]
-            less = over_seeds(minus(evidence, label, cap))
+            less = tables.over_seeds(minus(evidence, label, cap))
             within = values > np.array([r.value for r in best])[:, None] - tables.MARGIN
             line = {"method": label, "directions": cap, "seeds": len(values), "orders": values.shape[1]}
             line |= {"mean": values.mean(), "worst": values.min(), "best": values.max(), "within": int(within.sum())}

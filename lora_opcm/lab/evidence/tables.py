@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ...files.shipped import data_dir
-from .choice import DIGITS, RESAMPLES, Candidate, best, ratio, score, shares
+from ..resampling import RESAMPLES, redrawn
+from .choice import DIGITS, Candidate, best, ratio, score, shares
 from .outcomes import Outcome, Trial, read
 
 MARGIN = 2.0  # points of recovered gain: a method is no worse than another if it surely loses less
@@ -38,11 +39,17 @@ def _published(path: Path) -> "Evidence":
     return Evidence(*read(path))
 
 
-@cache
-def seed_weights(count: int) -> np.ndarray:
-    """Weights of the training seeds, shape=[1 + resamples, seeds]."""
-    drawn = np.random.default_rng(7).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    return np.concatenate([np.ones((1, count)), drawn]) / count
+def over_seeds(values: np.ndarray) -> np.ndarray:
+    """The mean over training seeds, which are drawn again in the resamples, shape=[1 + resamples, ...].
+
+    As many as there are, and stretched: of two seeds one alone would reach less far.
+
+    Parameters
+    ----------
+    values : array, shape=[seeds, 1 + resamples, ...]
+    """
+    weights = redrawn(len(values), 7, often=len(values))
+    return np.einsum("rs,sr...->r...", weights, values)
 
 
 At = Callable[[Outcome], Candidate] | None  # where an outcome is read; None: where validation texts put it
@@ -92,8 +99,7 @@ class Row:
 
     def of(self, tasks: slice | Sequence[int]) -> np.ndarray:
         """As `draws`, of some of its tasks."""
-        share = seed_weights(len(self.outcomes)).T
-        kept, whole = (((x - self.zero)[..., tasks].mean(2) * share).sum(0) for x in (self.accuracy, self.own))
+        kept, whole = (over_seeds((x - self.zero)[..., tasks].mean(2)) for x in (self.accuracy, self.own))
         return 100 * kept / whole
 
     @property
@@ -222,11 +228,9 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 def over_tasks(row: Row, against: Row | None = None) -> tuple[float, float]:
     """The 95 % interval of the gain (or of its difference) where tasks are drawn again, and nothing else is."""
-    count = row.by_task.shape[1]
-    pick = np.random.default_rng(3).integers(count, size=(10_000, count))
-    gain = lambda r: 100 * r.by_task[0][pick].sum(1) / r.by_task[1][pick].sum(1)  # noqa: E731
-    low, high = np.quantile(gain(row) - (gain(against) if against else 0), [0.025, 0.975])
-    return float(low), float(high)
+    drawn = redrawn(row.by_task.shape[1], 3, 10_000)
+    gain = lambda r: 100 * (drawn @ r.by_task[0]) / (drawn @ r.by_task[1])  # noqa: E731
+    return interval(gain(row) - (gain(against) if against else 0))
 
 
 def summary(rows: dict[str, Row], against: str | None = None) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from ..resampling import redrawn
 from . import tables
 from .tables import Evidence, Row, interval
 
@@ -59,9 +60,9 @@ def over_tasks(row: Row, other: Row) -> tuple[float, float]:
     """
     pairs = [o.trial.tasks for o in row.outcomes]
     names = sorted({name for pair in pairs for name in pair})
-    drawn = np.random.default_rng(3).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    drawn = redrawn(len(names), 3, RESAMPLES)[1:]
     one, two = (drawn[:, [names.index(pair[i]) for pair in pairs]] for i in (0, 1))
-    weight = (one * two).astype(float)
+    weight = one * two
     weight = weight[weight.sum(1) > 0]
     kept, less, whole = (weight @ (x - row.zero)[:, 0].mean(1) for x in (row.accuracy, other.accuracy, row.own))
     low, high = np.quantile(100 * (kept - less) / whole, [0.025, 0.975])

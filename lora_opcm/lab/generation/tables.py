@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ...files.shipped import data_dir
-from ..evidence.choice import draws
+from ..resampling import draws, redrawn
 from .outcomes import read
 
 FILE = "puzzles.jsonl.xz"
@@ -151,9 +151,7 @@ def gains(run: Run, rank: int | None) -> pd.DataFrame:
 def over_tasks(run: Run, right: np.ndarray) -> dict[str, float]:
     """The recovered gain when tasks are resampled, and their questions stay."""
     merged, base, own = map(run.by_task, (right, run.base["test"]["right"], run.own["test"]["right"]))
-    count = len(base)
-    drawn = np.random.default_rng(3).multinomial(count, np.full(count, 1 / count), 1000)
-    share = np.concatenate([np.ones((1, count)), drawn])
+    share = redrawn(len(base), 3)
     return interval(share @ (merged - base) / (share @ (own - base)), "over tasks")
 
 

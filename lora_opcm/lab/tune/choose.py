@@ -18,8 +18,9 @@ from ...files import Adapter
 from ...merging.merge import merge
 from ...parallel import Progress
 from ..attach import beside
-from ..evidence.choice import draws, ratio
+from ..evidence.choice import ratio
 from ..generation.run import LIMITS, search
+from ..resampling import draws
 from .losses import Judge
 from .texts import Texts
 
