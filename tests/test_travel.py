@@ -5,10 +5,11 @@ import pytest
 from scipy.stats import spearmanr
 
 from lora_opcm.lab import travel
-from lora_opcm.lab.evidence import tables
+from lora_opcm.lab.evidence import growth, rows, tables
 from lora_opcm.lab.evidence.choice import RULE, ratio
 from lora_opcm.lab.evidence.rows import TRAVELLED
 from lora_opcm.lab.generation import tables as generation
+from lora_opcm.lab.tasks import tasks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("travel")]  # resamples of three runs, drawn once
 
@@ -133,3 +134,58 @@ def test_what_the_page_says_in_words_holds(found):
         two = travel.two(evidence).set_index("method")
         assert (two.pairs == 28).all() and len(two) == 3 and (two.value > 87).all()
         assert two.value["mean"] == two.value.min()
+
+
+def test_two_four_and_eight_are_counted_from_their_texts():
+    table = travel.few().set_index(["adapters", "method"])
+    evidence = travel.elsewhere("smollm2")
+    trials = [o.trial for o in evidence.outcomes if o.trial.part == "growth"]
+    assert set(trials) == set(rows.fours(2, "smollm2")) and len(table) == 3 * len(rows.GROWTH_ROWS)
+    every = {(o.trial.label, o.trial.tasks): o for o in evidence.outcomes if o.trial.part == "growth"}
+    four = tasks()[1::2]
+
+    def right(label, names, where=None):
+        outcome = every[label, names]
+        assert outcome.sizes["test"] == [100] * len(names)
+        bits = outcome.test[where or outcome.picked[0]].reshape(len(names), 100)
+        return dict(zip(names, bits.mean(1), strict=True))
+
+    zero, own = (right(label, four) for label in ("zero-shot", "own adapter"))
+    sets = {2: [four[:2], four[2:]], 4: [four]}
+
+    def kept(names, label, step=None):
+        found = []
+        for some in names:
+            where = None if step is None else (every[label, some].picked[0][0], step)
+            found += [x - zero[t] for t, x in right(label, some, where).items()]
+        return 100 * np.mean(found) / np.mean([own[t] - zero[t] for some in names for t in some])
+
+    for count, names in sets.items():
+        for label in rows.GROWTH_ROWS:
+            line, value = table.loc[count, label], kept(names, label)
+            assert line.value == pytest.approx(value)
+            assert line.more == pytest.approx(value - kept(names, travel.PLAIN))
+            assert line.lost == pytest.approx(value - kept(names, label, {2: 1, 4: 2}[count]))  # √2, then 2 mean norms
+            steps = [every[label, some].picked[0][1] for some in names]
+            assert line.scale == pytest.approx(2 ** (np.mean(steps) / 2))
+            for of in ("", "more ", "lost "):
+                assert line[f"{of}low"] <= line[of.strip() or "value"] <= line[f"{of}high"]
+    assert table.value[8, "TSV"] == travel.texts(evidence, None)["TSV"].gain[0]
+
+
+def test_what_the_page_says_of_two_to_eight_holds():
+    table = travel.few().set_index(["adapters", "method"])
+    kept, scale = (table[of].unstack("adapters") for of in ("value", "scale"))
+    assert (kept[2] > kept[4]).all() and (kept[4] > kept[8]).all() and (scale[2] <= scale[8]).all()  # as on MiniLM
+    spread = kept.max() - kept.min()
+    assert spread[2] < spread[4] < spread[8]
+    first = kept[8].idxmax()  # the choice comes to matter: what it gains with two is surely less than with eight
+    assert table["more high"][2, first] < table["more low"][8, first]
+    assert kept[2].min() > 90  # nine tenths of two
+    surely = (table["more low"] > 1e-9).unstack("adapters").sum()
+    assert surely.tolist() == [0, 0, 5]
+    wide = table.high - table.low
+    assert wide[2].min() > wide[8].max() and wide[4].min() > wide[8].max()
+    assert table["lost"][4].idxmax() == travel.PLAIN  # best shorter on MiniLM, too
+    curve = growth.curve(growth.published(), travel.PLAIN)
+    assert curve.scale[4] < 1.5 and curve.scale[8] < 1.5

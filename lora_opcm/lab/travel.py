@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from .evidence import tables
-from .evidence.choice import RULE, ratio
+from .evidence import growth, tables
+from .evidence.choice import RULE, ratio, rule
 from .evidence.recipes import UNEVEN, source
 from .evidence.rows import AS_PUBLISHED, MAIN
 from .evidence.tables import Evidence, Row, interval
@@ -183,6 +183,35 @@ def two(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(
         {"method": label, "pairs": len(rows)} | span(evidence.row(rows).draws) for label, rows in found.items()
     )
+
+
+def few(base: str = "smollm2") -> pd.DataFrame:
+    """Two, four and eight adapters of a base in one, at the lengths that validation chose.
+
+    Two and four are of `rows.fours`, whose training seed and texts are not those of all eight.
+
+    Returns
+    -------
+    DataFrame
+        A line a method and number of `adapters`: `value`, `low`, `high`, what is kept of the gain in per cent; `scale`
+        in mean norms, of pairs the geometric mean; `more`, how much more is kept than by `PLAIN`, and `lost`, how much
+        less the rule without data keeps, each with the ends of its interval.
+    """
+    evidence, lines = elsewhere(base), []
+    kept: dict[tuple[int, str], Landed] = {}
+    for label in growth.labels(evidence):
+        for count, outcomes in growth.sets(evidence, label).items():
+            step = rule(count)
+            tuned, ruled = (evidence.row(outcomes, at) for at in (None, lambda o, k=step: (o.picked[0][0], k)))
+            scale = float(np.exp(np.log(tuned.ratios).mean()))
+            kept[count, label] = Landed(tuned.pooled, scale, tuned.pooled - ruled.pooled)
+        kept[len(tasks()), label] = texts(evidence, None)[label]
+    for (count, label), row in kept.items():
+        line: dict = {"adapters": count, "method": label, "scale": row.scale} | span(row.gain)
+        for name, draws in (("more", row.gain - kept[count, PLAIN].gain), ("lost", row.lost)):
+            line |= {name: draws[0], f"{name} low": interval(draws)[0], f"{name} high": interval(draws)[1]}
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def whole_answers() -> pd.Series:

@@ -164,9 +164,9 @@ def write(path: Path | str, outcomes: Iterable[Outcome], about: Mapping) -> Path
             line[split] = [list(c) for c in rows]
             for bits in rows.values():
                 packed = np.packbits(bits)
-                before = known.get((split, outcome.trial.tasks), np.zeros_like(packed))
-                streams.append((packed ^ before).tobytes())
-                known[split, outcome.trial.tasks] = packed
+                same = split, outcome.trial.tasks, len(packed)  # another run may have taken fewer texts
+                streams.append((packed ^ known.get(same, np.zeros_like(packed))).tobytes())
+                known[same] = packed
         lines.append(line)
     head = json.dumps({"about": dict(about), "outcomes": lines}).encode()
     blob = len(head).to_bytes(8, "little") + head + b"".join(streams)
@@ -188,8 +188,8 @@ def read(path: Path | str) -> tuple[dict, list[Outcome]]:
             for i, k in line[split]:
                 packed = np.frombuffer(blob, np.uint8, length, start)
                 start += length
-                packed = packed ^ known.get((split, trial["tasks"]), np.zeros_like(packed))
-                known[split, trial["tasks"]] = packed
+                same = split, trial["tasks"], length
+                packed = known[same] = packed ^ known.get(same, np.zeros_like(packed))
                 rows[i, k] = np.unpackbits(packed, count=count).astype(bool)
             line[split] = rows
         found.append(Outcome(Trial(**trial), **line))
