@@ -101,11 +101,11 @@ def norms(scale: float | str, count: int = 1) -> float | None:
 def factor(scale: float | str, size: float, parts: Sequence[float]) -> float:
     """What a merged adapter of norm `size` is multiplied by; `parts` are the norms of what went in, each weighted.
 
-    For "auto" a part that is zero, by its weight or by itself, is none. Of parts that cancel rounding is left, which
-    "auto" does not blow up.
+    For "auto" a part that is zero, by its weight or by itself, is none. Of parts that cancel rounding is left, which is
+    not blown up.
     """
     counted = [p for p in parts if p] if scale == AUTO else parts
     if (times := norms(scale, len(counted))) is None:
         return float(scale)
-    least = ROUNDING * max(counted, default=0.0) if scale == AUTO else 0.0
-    return times * sum(counted) / len(counted) / size if size > least else 1.0
+    rounding = ROUNDING * max(counted, default=0.0)
+    return times * sum(counted) / len(counted) / size if size > rounding else 1.0

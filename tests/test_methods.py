@@ -543,11 +543,12 @@ def test_by_default_one_adapter_is_itself_and_what_does_nothing_does_not_count(m
         )
 
 
+@pytest.mark.parametrize("scale, left", [("auto", 1), ("norm", 1), ("0.5norm", 0.5)])
 @pytest.mark.parametrize("method", ["cat", "tsv", "svc", "whitened_sum"])
-def test_of_updates_that_cancel_auto_leaves_the_rounding(method):
+def test_of_updates_that_cancel_the_rounding_is_not_blown_up(method, scale, left):
     one = stream(torch.float32, count=1)[0]
-    merged = lo.merge(one, one.regauge(1), method=method, weights=[1, -1], scale="auto")
-    assert merged.factor == 1 and merged.norm() < 1e-5 * one.norm()
+    merged = lo.merge(one, one.regauge(1), method=method, weights=[1, -1], scale=scale)
+    assert merged.factor == left and merged.norm() < 1e-5 * one.norm()
 
 
 def test_a_large_factor_goes_to_both_sides():
