@@ -16,7 +16,7 @@ from lora_opcm.lab.generation.marking import Marker
 from lora_opcm.lab.generation.model import Weights, encode, load_model
 from lora_opcm.lab.generation.outcomes import Outcomes, packed, read
 from lora_opcm.lab.generation.puzzles import load_puzzle, puzzles
-from lora_opcm.lab.generation.run import search
+from lora_opcm.lab.generation.run import generation, search
 from lora_opcm.lab.generation.tuning import Recipe, plan, tune
 from lora_opcm.lab.gguf import read as read_gguf
 
@@ -29,14 +29,20 @@ FEW = Recipe(rank=4, alpha=8, learning_rate=2e-2, batch_size=8, epochs=12)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A random Llama in float32 with a chat template, and its tokenizer."""
+def tiny_folder(tmp_path_factory):
+    """A random Llama with a chat template."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     llama(folder, [text for rows in ROWS.values() for row in rows for text in row])
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
-    model, tokenizer = load_model(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    """The same in float32, and its tokenizer."""
+    model, tokenizer = load_model(str(tiny_folder))
     return model.float(), tokenizer
 
 
@@ -144,6 +150,56 @@ def test_outcomes_come_back_and_a_cut_line_is_left_out(tmp_path):
     for task, (right, likelihood) in ((t, marks[t, "test"]) for t in ("a", "b")):
         assert (line["test"][0]["right"][task] == right).all()
         assert np.allclose(line["test"][0]["likelihood"][task], likelihood, rtol=1e-3)
+
+
+def test_outcomes_go_on_after_a_cut_line_and_refuse_another_run(tmp_path):
+    path, header = tmp_path / "outcomes.jsonl", {"tasks": ["a"], "device": "CPU"}
+    row = {"kind": "row", "seed": 0, "method": "tsv", "options": {}, "rank": None, "tasks": ["a"]}
+    Outcomes(path, header).add(row | {"scale": 2.0})
+    whole = path.read_bytes()
+    for torn in (b"", b'{"kind": "row", "see', whole.splitlines()[1]):
+        path.write_bytes(whole + torn)
+        again = Outcomes(path, header)
+        assert path.read_bytes() == whole and again.has(row)
+        others = ({"rank": 16}, {"options": {"directions": 8}}, {"seed": 1}, {"tasks": ["a", "b"]}, {"kind": "pair"})
+        assert not any(again.has(row | other) for other in others)
+    with pytest.raises(ValueError, match="outcomes.jsonl is of a run with other device: begin in another folder"):
+        Outcomes(path, header | {"device": "a card"})
+    assert path.read_bytes() == whole
+    path.write_bytes(b'{"tasks": ["a"], "dev')  # stopped in its first line
+    assert not Outcomes(path, header).known and json.loads(path.read_text()) == header
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_stopped(tiny_folder, tmp_path, capsys):
+    def run(puzzle=("chain_sum", "spell_backward"), deadline=600.0):
+        generation(
+            tmp_path / "out", deadline=deadline, seed=[0], base=str(tiny_folder), folder=tmp_path / "adapters",
+            workers=1, puzzle=list(puzzle), small=True,
+        )  # fmt: skip
+        told = capsys.readouterr().out
+        return told, [json.loads(line) for line in file.read_text().splitlines()]
+
+    def sorted_(lines):
+        timed = [{k: v for k, v in line.items() if k != "seconds"} for line in lines[1:]]
+        return sorted(json.dumps(line, sort_keys=True) for line in timed)
+
+    file = tmp_path / "out" / "outcomes.jsonl"
+    told, lines = run()
+    kinds = [line["kind"] for line in lines[1:]]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"base": 1, "own": 2, "row": 4, "pair": 3}
+    assert told.count("training") == 2
+    before = file.read_bytes()
+    assert "training" not in run()[0] and file.read_bytes() == before
+    file.write_bytes(b"".join(before.splitlines(keepends=True)[:-3]) + before[-40:-20])
+    (tmp_path / "adapters" / "seed0" / "chain_sum" / "training.json").write_text("{}")
+    told, again = run()
+    assert told.count("training") == 1 and "training chain_sum" in told
+    assert sorted_(again) == sorted_(lines)
+    (tmp_path / "adapters" / "seed0" / "spell_backward" / "training.json").unlink()
+    assert "no time for all of seed 0" in run(deadline=0)[0]
+    with pytest.raises(ValueError, match="run with other tasks, sizes"):
+        run(puzzle=["chain_sum"])
 
 
 def test_no_gguf_file_and_a_wrong_sum_are_refused(tmp_path, monkeypatch):

@@ -24,6 +24,11 @@ class Job:
     options: dict = field(default_factory=dict)
     about: dict = field(default_factory=dict)  # told again in the results
 
+    @property
+    def line(self) -> dict:
+        """What the results say of it before it is marked."""
+        return self.about | {"method": self.method, "options": self.options, "rank": self.rank}
+
 
 @dataclass(frozen=True)
 class Done:

@@ -1,4 +1,4 @@
-"""What each question got, in one file of JSON lines that is whole after every line.
+"""What each question got, in one file of JSON lines that is whole after every line, and goes on where it stopped.
 
 The first line names tasks, splits and sizes. Others hold, for one model, `right` (bits) and `likelihood` (float16,
 mean log likelihood per token of the answer) of the questions of its `tasks` in order, in base64. Published, the file
@@ -12,20 +12,48 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files.disk import write_text
+
 Marks = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
 
 
+NAMES = ("kind", "seed", "method", "options", "rank", "tasks")  # which say what was marked
+
+
 class Outcomes:
-    """Appends lines to a file."""
+    """Appends lines to a file, after those that a run of the same header has left there.
+
+    Raises
+    ------
+    ValueError
+        If the file is of another header, with what differs.
+    """
 
     def __init__(self, path: Path, header: dict):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n")
+        first, lines = json.dumps(header), []
+        if path.exists():
+            # What follows the last end of a line was being written when the run was stopped.
+            found, *lines = (path.read_text().rpartition("\n")[0] or first).split("\n")
+            there = json.loads(found)
+            if other := [k for k in header | there if there.get(k) != json.loads(first).get(k)]:
+                raise ValueError(f"{path} is of a run with other {', '.join(other)}: begin in another folder")
+        write_text(path, "".join(f"{line}\n" for line in (first, *lines)))
+        self.known = {_name(json.loads(line)) for line in lines}
+
+    def has(self, line: dict) -> bool:
+        """Whether there is a line of that `NAMES`."""
+        return _name(line) in self.known
 
     def add(self, line: dict) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.known.add(_name(line))
+
+
+def _name(line: dict) -> str:
+    return json.dumps([line.get(key) for key in NAMES])
 
 
 def packed(marks: Marks) -> dict[str, str]:

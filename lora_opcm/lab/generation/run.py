@@ -2,10 +2,11 @@
 
 Trains an adapter for each puzzle, merges them by every method and at two ranks, looks for the best scale on
 validation questions, and marks the test questions there and at the two scales beside it. OUT/outcomes.jsonl is whole
-after every line, so a run that is stopped loses nothing. Scales are in units: 1 gives a merged adapter the mean norm
-of its parts.
+after every line, and the same command goes on where it was stopped. Scales are in units: 1 gives a merged adapter the
+mean norm of its parts.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +44,7 @@ def generation(
     folder: Annotated[Path, typer.Option(help="for adapters and merges")] = Path("_build/generation"),
     workers: Annotated[int, typer.Option(help="processes that merge; 0: as many as there are cores, less one")] = 0,
     pairs: Annotated[bool, typer.Option(help="whether pairs are merged too")] = True,
+    puzzle: Annotated[list[str] | None, typer.Option(help="by name; all nine unless given")] = None,
     small: Annotated[bool, typer.Option(help="a rehearsal: two puzzles, few questions, few methods")] = False,
 ):
     """Train, merge, choose scales, mark."""
@@ -50,7 +53,7 @@ def generation(
     cores = len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers or max(1, cores - 1), mp_context=context)
     try:
-        run = Run(out, folder, base, deadline, pool, small)
+        run = Run(out, folder, base, deadline, pool, puzzle, small)
         run.all(seed or [0, 1], pairs)
     finally:
         processes = list((pool._processes or {}).values())
@@ -63,16 +66,16 @@ def generation(
 class Run:
     """One run: the model, its questions, and the results file."""
 
-    def __init__(self, out: Path, folder: Path, base: str, deadline: float, pool, small: bool):
+    def __init__(self, out: Path, folder: Path, base: str, deadline: float, pool, names: list[str] | None, small: bool):
         from . import merges, outcomes
         from .marking import Marker
         from .model import Weights, load_model
         from .puzzles import load_puzzle, puzzles
 
         self.merges, self.outcomes = merges, outcomes
-        self.folder, self.deadline, self.pool, self.small = folder, deadline, pool, small
+        self.folder, self.named, self.deadline, self.pool, self.small = folder, base, deadline, pool, small
         pool.submit(merges.ready)
-        names = puzzles()[4::4] if small else puzzles()
+        names = names or (puzzles()[4::4] if small else puzzles())
         self.data = {name: load_puzzle(name) for name in names}
         if small:
             self.data = {t: {s: rows[: SMALL[s]] for s, rows in d.items()} for t, d in self.data.items()}
@@ -99,6 +102,9 @@ class Run:
                 break
             begun = time.monotonic()
             folders = self.train(seed)
+            if len(folders) < len(self.data):
+                say(f"no time for all of seed {seed}")
+                break
             longest = time.monotonic() - begun
             found = self.merges.rows(folders, self.folder, seed)
             if self.small:
@@ -111,7 +117,7 @@ class Run:
         self.mark(paired)
 
     def submit(self, jobs: list) -> list[tuple]:
-        return [(self.pool.submit(self.merges.run, job), job) for job in jobs]
+        return [(self.pool.submit(self.merges.run, job), job) for job in jobs if not self.file.has(job.line)]
 
     def mark(self, waiting: list[tuple]) -> None:
         """Mark merges as they get ready, the first ones first."""
@@ -132,31 +138,53 @@ class Run:
     # -- steps ------------------------------------------------------------------------------------------------
 
     def base(self) -> None:
-        found = {s: self.marker.mark((t, s) for t in self.data) for s in SPLITS}
-        self.write({"kind": "base", "tasks": list(self.data)}, found)
+        line = {"kind": "base", "tasks": list(self.data)}
+        if not self.file.has(line):
+            self.write(line, {s: self.marker.mark((t, s) for t in self.data) for s in SPLITS})
 
     def train(self, seed: int) -> dict[str, Path]:
         """The folders of one seed's adapters, trained and marked on their own puzzles."""
         import torch
 
         from ...files import load_adapter, save_adapter
+        from ...files.disk import write_text
         from .tuning import Recipe, tune
 
-        say(f"seed {seed}: training")
         recipe = Recipe(seed=seed, **({"batch_size": 8, "epochs": 1} if self.small else {}))
-        adapters = tune(self.model, self.tokenizer, {t: d["train"] for t, d in self.data.items()}, recipe, say)
-        root, folders = self.folder / f"seed{seed}", {}
-        for task, adapter in adapters.items():
-            folders[task] = root / task
-            save_adapter(adapter, folders[task], overwrite=True, dtype=torch.float16)
-        pack(root, self.folder / f"adapters-seed{seed}.tar")
-        say(f"seed {seed}: adapters are saved")
-        for task in adapters:
-            adapter = load_adapter(folders[task])
+        root = self.folder / f"seed{seed}"
+        told = {task: json.dumps(self.training(task, asdict(recipe))) for task in self.data}
+        notes = {task: root / task / "training.json" for task in self.data}
+        missing = [t for t, note in notes.items() if not note.exists() or note.read_text() != told[t]]
+        # A card is best asked for all at once. A processor is not: what one by one has saved, nothing takes away.
+        for tasks in [missing] if self.model.device.type != "cpu" else [[task] for task in missing]:
+            if not tasks or self.left() <= 0:
+                break
+            say(f"seed {seed}: training {', '.join(tasks)}")
+            rows = {task: self.data[task]["train"] for task in tasks}
+            for task, adapter in tune(self.model, self.tokenizer, rows, recipe, say).items():
+                notes[task].unlink(missing_ok=True)
+                save_adapter(adapter, root / task, overwrite=True, dtype=torch.float16)
+                write_text(notes[task], told[task])
+        folders = {t: root / t for t, note in notes.items() if note.exists() and note.read_text() == told[t]}
+        if missing and folders:
+            pack(root, self.folder / f"adapters-seed{seed}.tar")
+        say(f"seed {seed}: {len(folders)} adapters are there")
+        for task, place in folders.items():
+            line = {"kind": "own", "seed": seed, "tasks": [task]}
+            if self.file.has(line):
+                continue
+            adapter = load_adapter(place)
             with self.weights.plus(self.weights.deltas(adapter)):
                 found = {s: self.marker.mark([(task, s)]) for s in SPLITS}
-            self.write({"kind": "own", "seed": seed, "tasks": [task], "norm": adapter.norm()}, found)
+            self.write(line | {"norm": adapter.norm()}, found)
         return folders
+
+    def training(self, task: str, recipe: dict) -> dict:
+        """What an adapter depends on."""
+        from .puzzles import puzzle_file
+
+        data = {"puzzle": puzzle_file(task).name, "questions": len(self.data[task]["train"])}
+        return {"base": self.named, "dtype": str(self.model.dtype)} | data | recipe
 
     def row(self, job, done) -> None:
         """Choose the scale of a merge, or try a pair's, and mark the test."""
@@ -172,8 +200,8 @@ class Run:
 
             return at
 
-        line = job.about | {"method": job.method, "options": job.options, "rank": job.rank, "unit": unit}
-        line |= {"norm": done.norm, "mean_norm": done.mean_norm, "seconds": round(done.seconds, 2)}
+        line = job.line | {"unit": unit, "norm": done.norm, "mean_norm": done.mean_norm}
+        line |= {"seconds": round(done.seconds, 2)}
         line |= {"warning": done.warning} if done.warning else {}
         if job.about["kind"] == "pair":
             scales = (0.5, math.sqrt(0.5), 1.0) if job.method == "cat" else (unit, unit * math.sqrt(2), 2 * unit)
