@@ -23,6 +23,7 @@ import torch
 from factories import adapter
 from filelock import FileLock
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_fuzz import VALUES, cut, flip, header
 
 import lora_opcm as lo
@@ -340,12 +341,33 @@ def test_a_whitened_sum_whitens_the_side_it_is_told(folder):
     assert "sides" in refused and "left" in refused
 
 
+def test_what_a_removed_adapter_was_in_is_not_told_of_any_more(folder):
+    names = ("a", "b", "c", "d")
+    shutil.copytree(folder / "a", folder / "d")
+    file = folder / "d" / "adapter_model.safetensors"
+    save_file({k: x * 2 + 1 for k, x in load_file(file).items()}, file)
+    first, *told = json.loads(run(folder, "add", "s", *names, "--method", "whitened_sum", "--json").stdout)
+    rows = json.loads(run(folder, "remove", "s", "b", "--json").stdout)
+    assert rows[0] == first and "rank" not in rows[1]
+    assert 0 < rows[2]["rank"] < told[-1]["rank"]
+    assert "rank" in run(folder, "remove", "s", "d").stdout
+
+
+def test_a_method_that_needs_data_says_where_it_takes_it(folder):
+    for command in ("merge", "tune"):
+        told = run(folder, command, "a", "b", "-o", "m", "--method", "regmean", code=2).stderr
+        assert "regmean needs Gram matrices" in told and "lora_opcm.merge takes them" in told
+        assert not (folder / "m").exists()
+
+
 def test_a_whitened_sum_forgets_exactly(folder):
     run(folder, "add", "s.safetensors", "a", "b", "--method", "whitened_sum", "--power", 0)
     run(folder, "add", "s.safetensors", "c")
     shutil.copytree(folder / "b", folder / "copy of b")
     rows = json.loads(run(folder, "remove", "s.safetensors", "copy of b", "--json").stdout)
     assert [row["name"] for row in rows] == ["a", "c"]
+    never = json.loads(run(folder, "add", "n", "a", "c", "--method", "whitened_sum", "--power", 0, "--json").stdout)
+    assert [row["rank"] for row in rows] == [row["rank"] for row in never] and rows[-1]["rank"] > rows[0]["rank"]
     run(folder, "export", "s.safetensors", "-o", "m", "--dtype", "float64")
     expected = lo.merge([lo.load_adapter(folder / n) for n in "ac"], "whitened_sum", power=0)
     assert gap(lo.load_adapter(folder / "m"), expected) < 1e-6

@@ -41,6 +41,11 @@ def parse(pairs: list[str] | None, method: str) -> dict[str, Any]:
     from ..merging.method import method_of
     from ..values import nearest
 
+    if method_of(method).data:
+        raise ValueError(
+            f"{method} needs Gram matrices of what goes into every layer, which no command has: lora_opcm.merge takes"
+            " them; --method actmat guesses them from the adapters"
+        )
     found: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
@@ -108,10 +113,7 @@ def merge_(
     options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | parse(option, method)
     options |= {"rank": rank, "energy": energy, "drop": drop, "full": full and full.value}
     options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
-    call: dict[str, Any] = {
-        "method": method,
-        "scale": method_of(method).scale,
-    }  # said in any case: a default may change
+    call: dict[str, Any] = {"method": method, "scale": method_of(method).scale}  # said in any case: it may change
     call |= {name: v for name, v in options.items() if v is not None}
     if weights is not None:
         try:

@@ -161,9 +161,8 @@ class Stream(ABC, Generic[S]):
         member = Member(name or f"adapter {count + 1}", adapter.norm(), adapter.id, {}, dtype)
         if self.like is None:
             matched([adapter], twice=False)
-            like = replace(
-                adapter, saved=full_tensors([adapter], full), config=config_of(adapter.config, [adapter], full)
-            )
+            saved, config = full_tensors([adapter], full), config_of(adapter.config, [adapter], full)
+            like = replace(adapter, saved=saved, config=config)
         else:
             _, adapter = pair = matched([self.like, adapter], disjoint, twice=False)
             like = combine(pair, self.like.modules, any_base, full)
@@ -186,8 +185,9 @@ class Stream(ABC, Generic[S]):
     def remove(self, adapter: Adapter, progress: Progress | None = None) -> Self:
         """Take out an adapter: the state is then as if it had never come, to rounding.
 
-        A module of which nothing is left is dropped, and the dtype is the widest of what is left. What the first
-        adapter said of its base model and configuration holds, and full tensors stay; a warning says so of them.
+        A module of which nothing is left is dropped, and the dtype is the widest of what is left; what the history
+        said of sums that held the adapter is left out, and the last row is of what there is now. What the first adapter
+        said of its base model and configuration holds, and full tensors stay; a warning says so of them.
 
         Raises
         ------
@@ -196,8 +196,8 @@ class Stream(ABC, Generic[S]):
         """
         shrink = self.shrink
         self.refuse_removal(adapter)
-        found = next((m for m in self.state.members if m.id == adapter.id), None)
-        if found is None:
+        at = next((i for i, m in enumerate(self.state.members) if m.id == adapter.id), None)
+        if at is None:
             raise ValueError(
                 f"cannot remove {adapter.source}: its factors are not those of an adapter in the state"
                 f" ({', '.join(self.state.names)})"
@@ -210,7 +210,10 @@ class Stream(ABC, Generic[S]):
         held = [module for module in adapter if module in kept]  # one that is zero may be gone
         left = parallel_map(lambda module: shrink(kept[module], adapter[module]), held, progress)
         new = {k: s for k, s in (kept | dict(zip(held, left, strict=True))).items() if s is not None}
-        self.state = State(new, [m for m in self.state.members if m is not found])
+        before, after = self.state.members[:at], self.state.members[at + 1 :]
+        # What was said when later ones came, such as a rank, was said of sums that held it.
+        self.state = State(new, before + [msgspec.structs.replace(m, record={}) for m in after])
+        self.state.members[-1].record = self.record({}, self.state, self.state.norms[-1])
         if self.like is not None:
             if adapter.saved and self.like.saved:
                 full = f"full tensors ({min(adapter.saved)}, …)"
@@ -251,9 +254,8 @@ class Stream(ABC, Generic[S]):
     def _shaped(self, like: Adapter, state: State[S]) -> Adapter:
         """The metadata with updates of rank 0: their names and shapes."""
         shapes = {name: self.shape(kept) for name, kept in state.modules.items()}
-        return like.with_modules(
-            {name: LowRank(torch.zeros(m, 0), torch.zeros(0, n)) for name, (m, n) in shapes.items()}
-        )
+        none = {name: LowRank(torch.zeros(m, 0), torch.zeros(0, n)) for name, (m, n) in shapes.items()}
+        return like.with_modules(none)
 
     # -- state files ------------------------------------------------------------------------------------------------
 
@@ -267,11 +269,8 @@ class Stream(ABC, Generic[S]):
         """
         if self.like is None:
             raise ValueError("nothing was added yet: there is no state to save")
-        tensors = {
-            f"{part}/{module}": tensor
-            for module, kept in self.state.modules.items()
-            for part, tensor in self.pack(kept).items()
-        }
+        packed = {module: self.pack(kept) for module, kept in self.state.modules.items()}
+        tensors = {f"{part}/{module}": x for module, parts in packed.items() for part, x in parts.items()}
         content = Content(self.options, self.state.members, list(self.state.modules))
         return save_bundle(path, self.kind, self.like, content, tensors)
 
