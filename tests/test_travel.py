@@ -119,12 +119,15 @@ def test_what_the_page_says_in_words_holds(found):
     longer = scales["SmolLM2, texts"] / scales["MiniLM"]
     assert (longer >= 1).all() and list(longer.index[longer >= 2]) == ["Iso-C", "Iso-CTS"]  # flat spectra ask for twice
     assert (scales["SmolLM2, likelihood"] <= scales["SmolLM2, texts"] / 2).all()
-    every = travel.whole_answers()[travel.common(found)]
-    assert (every > scales["SmolLM2, likelihood"][every.index]).all()  # likelihood asks for shorter ones
-    whole, likely = travel.whole_answers()[others], scales["SmolLM2, likelihood"][others]
-    assert (whole / likely >= 1.9).all() and whole.min() > 1.4 and whole.max() < 2.9
-    left = whole / scales["SmolLM2, texts"][others]  # the judge that chose, and the kind of task
-    assert list(left.index[left >= 1]) == ["TIES"] and left.min() == pytest.approx(0.5, abs=1e-3)
+    judged = travel.judged(found)
+    assert (judged.whole > judged.likelihood).all()  # likelihood asks for shorter ones
+    whole = judged.whole[others]
+    assert (whole / judged.likelihood[others] >= 1.9).all() and whole.min() > 1.4 and whole.max() < 2.9
+    between = (judged.likelihood < judged.whole) & (judged.whole < judged.texts)
+    assert list(between.index[~between]) == ["TIES"]  # with most methods
+    surely = judged.surely[others].astype(bool)  # of some methods, and not of others
+    assert 0 < surely.sum() < len(others) / 2 and not (surely & judged["last"][others].astype(bool)).any()
+    assert judged.value[others].drop("core TIES").max() < 1.2 and (judged.low[others] > 0).sum() == 1  # worth little
     lost = travel.ruled(found).set_index(["base", "method"]).value["SmolLM2, texts"]
     assert lost[["TSV", "sequential whitening", "whitened sum", "OPCM"]].max() < 1  # a point at most
     assert (scales["SmolLM2, likelihood"] <= scales["MiniLM"] / 2).all()
@@ -134,6 +137,28 @@ def test_what_the_page_says_in_words_holds(found):
         two = travel.two(evidence).set_index("method")
         assert (two.pairs == 28).all() and len(two) == 3 and (two.value > 87).all()
         assert two.value["mean"] == two.value.min()
+
+
+def test_what_whole_answers_ask_for_is_counted_from_their_questions(found):
+    run, judged = generation.Run(), travel.judged(found)
+    weights = run.weights["validation"]
+    ends = np.cumsum(run.sizes["validation"])[:-1]
+
+    def gain(marks):
+        base, own = run.base["validation"]["right"], run.own["validation"]["right"]
+        merged, low, high = (np.mean([p.mean() for p in np.split(x, ends)]) for x in (marks, base, own))
+        return 100 * (merged - low) / (high - low)
+
+    for label, said in {"TSV": "TSV", "core TIES": "core TIES", "whitened sum": "whitened sum, p = 0.5"}.items():
+        (row,) = (r for r in run.rows if r.label == said and r.rank is None)
+        right = {scale: marks["right"] for scale, marks in row.marks["validation"].items()}
+        at = max(right, key=lambda s: gain(right[s]))
+        assert judged.whole[label] == at and judged["last"][label] == (at == max(right))
+        assert judged.value[label] == pytest.approx(gain(right[at]) - gain(right[2.0]))
+        assert judged.low[label] <= judged.value[label] <= judged.high[label]
+        drawn = np.array([[w @ marks for marks in right.values()] for w in weights[1:]])
+        shorter = np.array(list(right))[drawn.argmax(1)] < judged.texts[label] - 0.1
+        assert judged.surely[label] == (shorter.mean() > 0.975)
 
 
 def test_two_four_and_eight_are_counted_from_their_texts():
@@ -181,7 +206,9 @@ def test_what_the_page_says_of_two_to_eight_holds():
     assert spread[2] < spread[4] < spread[8]
     first = kept[8].idxmax()  # the choice comes to matter: what it gains with two is surely less than with eight
     assert table["more high"][2, first] < table["more low"][8, first]
-    assert kept[2].min() > 90  # nine tenths of two
+    low, high = (table[f"more {end}"].xs(first, level="method") for end in ("low", "high"))
+    assert low[4] < high[2] and low[8] < high[4]  # four are told apart from neither
+    assert kept[2].min() > 90  # about nine tenths of two
     surely = (table["more low"] > 1e-9).unstack("adapters").sum()
     assert surely.tolist() == [0, 0, 5]
     wide = table.high - table.low

@@ -214,11 +214,25 @@ def few(base: str = "smollm2") -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def whole_answers() -> pd.Series:
-    """The length, in mean norms, at which most validation questions of puzzles are answered wholly right, by method."""
-    run = generation.Run()
-    rows = [row for row in run.rows if row.rank is None]
-    return pd.Series({SAID.get(row.label, row.label): float(generation.picks(run, row, "right")[0]) for row in rows})
+def judged(found: Mapping[str, Base]) -> pd.DataFrame:
+    """Lengths, in mean norms, that SmolLM2 asks for by three judges: right `texts`, `likelihood` of puzzles, and
+    `whole`, at which most of their validation questions are answered wholly right.
+
+    `last`, whether no longer one was tried of puzzles; `surely`, whether whole answers ask for less than texts do in
+    39 of 40 resamples of the questions, within what was tried; `value`, `low`, `high`, how many points of the gain in
+    whole answers `whole` has beyond the rule without data, on the questions that chose it.
+    """
+    run, asked, lines = generation.Run(), lengths(found), {}
+    for row in run.rows:
+        label = SAID.get(row.label, row.label)
+        if row.rank is None and label in asked.index:
+            texts, likelihood = asked.loc[label, ["SmolLM2, texts", "SmolLM2, likelihood"]]
+            picks, tried = generation.picks(run, row, "right"), list(row.marks["validation"])
+            gains = {scale: 100 * generation.fixed(run, row, scale, "right") for scale in tried}
+            line = {"texts": texts, "likelihood": likelihood, "whole": picks[0], "last": picks[0] == max(tried)}
+            line["surely"] = max(tried) > picks[0] and float((picks[1:] < texts - 1e-2).mean()) >= 0.975
+            lines[label] = line | span(gains[picks[0]] - gains[ratio(RULE)])
+    return pd.DataFrame(lines).T.reindex(asked.index)
 
 
 def agreement(found: Mapping[str, Base], without: str = "") -> pd.DataFrame:
