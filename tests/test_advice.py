@@ -210,7 +210,8 @@ def test_adapters_of_more_rank_than_a_layer_has(run):
     over = {m: tables.interval(draws) for m, draws in more.items()}
     assert over["TSV"][1] < 0 and all(low < 0 < high for m, (low, high) in over.items() if m != "TSV")
     assert all(more[m][0] < -3 for m in ("OPCM", "task arithmetic")) and more["TSV"][0] < -5
-    assert all(-3 < more[m][0] for m in ("Iso-C", "whitened sum"))  # which lose little, if anything
+    for m in ("Iso-C", "whitened sum"):  # no sure loss, at intervals of several points to either side
+        assert over[m][0] < -5 and over[m][1] > 5
     (tsv,) = found["TSV"]
     assert tsv.trial.options[tsv.picked[0][0]] == {"directions": 8}
     assert [float(rows[m].ratios[0]) for m in ("task arithmetic", "whitened sum")] == pytest.approx([1, 8**0.5])

@@ -105,6 +105,8 @@ def test_what_the_page_says(found):
     assert (longer * shorter).between(0.9, 1.35).all()  # so that what is chosen is about as long as it was
     for label in ("task arithmetic", "OPCM"):  # for which two is too long then
         assert found["400 steps"][label].lost[0] > 10 and tables.interval(found["400 steps"][label].lost)[0] > 0, label
+    surely = [label for label in MAIN if tables.interval(found["400 steps"][label].lost)[0] > 1e-9]  # of these alone
+    assert sorted(surely) == ["OPCM", "task arithmetic"]
     assert abs(found["uneven"]["OPCM"].lost[0]) < 0.5
     assert lengths["uneven"]["task arithmetic"] == lengths["one start"]["task arithmetic"] / 2 == 1
     for label in ("Iso-C",):
