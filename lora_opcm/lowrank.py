@@ -54,11 +54,6 @@ class LowRank:
         return self.left.shape[0], self.right.shape[1]
 
     @property
-    def width(self) -> int:
-        """`rank` without columns of zeros, which bring modules to one rank."""
-        return int(((self.left != 0).any(0) & (self.right != 0).any(1)).sum())
-
-    @property
     def rank(self) -> int:
         """Number of columns of `left`: an upper bound of the rank of ΔW."""
         return self.left.shape[1]
@@ -154,8 +149,13 @@ class LowRank:
         return float((lefts * rights).sum())
 
     def norm(self) -> float:
-        """Frobenius norm ‖ΔW‖_F, in float64."""
-        return max(self.inner(self), 0.0) ** 0.5
+        """Frobenius norm ‖ΔW‖_F, in float64; where long columns cancel, by QR, which squares no condition number."""
+        sides = self.left.double(), self.right.double().mT
+        terms = (sides[0].mT @ sides[0]) * (sides[1].mT @ sides[1])
+        if (total := float(terms.sum())) < 1e-6 * float(terms.abs().sum()):
+            left, right = (torch.linalg.qr(x, mode="r").R for x in sides)
+            return float((left @ right.mT).norm())
+        return total**0.5
 
 
 def leading(

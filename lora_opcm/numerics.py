@@ -56,9 +56,10 @@ def nonzero_svd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return u[..., :k], s[..., :k], vh[..., :k, :]
 
 
-def nonzero(s: Tensor, dtype: torch.dtype) -> int:
-    """How many singular values (descending, [..., k]) are more than rounding noise for factors of `dtype`."""
-    return alike((s > RTOL.get(dtype, RTOL_SINGLE) * s[..., :1]).sum(-1))
+def nonzero(s: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> int:
+    """How many singular values (descending, [..., k]) are more than rounding noise for factors of `dtype`: of the
+    first, or of the `largest` [..., 1] of what was added up."""
+    return alike((s > RTOL.get(dtype, RTOL_SINGLE) * (s[..., :1] if largest is None else largest)).sum(-1))
 
 
 def alike(counts: Tensor) -> int:

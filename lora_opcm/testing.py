@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .files import Adapter
-from .lowrank import LowRank
+from .lowrank import LowRank, add
 from .merging.merge import merge
 from .merging.method import method_of
 
@@ -29,6 +29,7 @@ def check_method(name: str, seed: int = 0, **options: Any) -> None:
     - a module is, to the byte, what it is beside others of its shape;
     - the order of the adapters changes the result if the table says so, and only then; so does the gauge;
     - a module that an adapter lacks counts as zero, and one that is zero everywhere stays zero;
+    - a share of the sum, by `share` or `plain`, is one by its rule, and where factors stay as they are;
     - a number for `scale` multiplies, "2norm" gives twice the mean norm of the inputs, before a cut;
     - "auto" gives min(√T, 2) times that of T inputs, after a cut.
 
@@ -65,8 +66,12 @@ def _claims(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[Claim]
     yield "same bytes", all(_equal(whole[n], again[n]) for n in SHAPES)
     yield from _precision(run, seed, whole)
     if not method.data:
-        others = [f"another {i}" for i in range(torch.get_num_threads())]  # so many that one shares its batch
-        more = [a.with_modules(dict(a.items()) | {n: a["square"] * -0.5 for n in others}) for a in adapters]
+        # So many that one shares its batch: the first in front of all, larger than they are and nothing like them.
+        first, *others = (f"another {i}" for i in range(torch.get_num_threads()))
+        strangers = [{n: a["square"] * -3.0 for n in (first, *others)} for a in _adapters(seed + 1)]
+        more = [
+            a.with_modules({first: b[first]} | dict(a.items()) | b) for a, b in zip(adapters, strangers, strict=True)
+        ]
         alone, beside = run(adapters, scale=1.0, ragged=True), run(more, scale=1.0, ragged=True)
         yield "a module beside others", all(_equal(alone[n], beside[n]) for n in SHAPES)
 
@@ -80,6 +85,12 @@ def _claims(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[Claim]
     zero = [_without(a, "tall") for a in adapters]
     yield "a missing module is zero", _near(distance(run(lacking), run([zero[0], *adapters[1:]])))
     yield "zero stays zero", _near(run(zero)["tall"].norm())
+
+    share = 1.0 if method.plain else method.share(COUNT) if method.share else None
+    for energy in (1.0, None) if method.plain else (1.0,):  # through its rule, and what is side by side
+        if share is not None:
+            total = Adapter({n: share * add([a[n] for a in adapters]) for n in SHAPES})
+            yield "a share of the sum", _near(distance(run(adapters, scale=1.0, rank=None, energy=energy), total))
 
     one, two = run(adapters, scale=1.0), run(adapters, scale=-0.5)
     yield "scale", _near(distance(two * -2.0, one))

@@ -167,5 +167,5 @@ def test_what_is_nearly_dependent_takes_float64_columns_and_what_is_the_same_cou
 def test_columns_that_may_fill_the_space_are_their_own_coordinates():
     updates = started(1.0, 40)  # 240 columns in 200 and in 150 dimensions
     core = Core.of(updates)
-    assert core.shape == (200, 150) and core.left.exact and not core.left.nested
+    assert core.shape == (200, 150) and core.left.columns.shape == (200, 200) and not core.left.nested
     assert error(updates[7], core.cores[7]) < 1e-12

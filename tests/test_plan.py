@@ -66,7 +66,7 @@ def test_layers_cost_nothing_squared_in_the_core_and_everything_dense():
 
 
 def test_plans_know_the_registry_and_refuse_what_it_does_not():
-    assert set(CORES) | ONE_RANK | SPECTRA | set(PASSES) <= set(REGISTRY)
+    assert set(CORES) | set(ONE_RANK) | SPECTRA | set(PASSES) <= set(REGISTRY)
     with pytest.raises(ValueError, match="unknown method 'opmc'"):
         lo.plan({"a": (4, 4)}, "opmc")
     with pytest.raises(ValueError, match="expected 8 ranks, one per adapter, got 2"):

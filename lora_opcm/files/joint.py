@@ -216,7 +216,6 @@ def combine(
             kind = other.kinds.get(name, LINEAR)
             if kinds.setdefault(name, kind) != kind:
                 raise AdapterError(f"{both}: {name}: expected one kind of layer, got {kinds[name]} and {kind}")
-    saved = full_tensors(adapters, full)
     _tell_revisions(adapters)
     merged = first.with_modules(modules)
     return replace(
@@ -224,7 +223,7 @@ def combine(
         config=config_of(merged.config, adapters, full),
         kinds={name: kind for name, kind in kinds.items() if kind != LINEAR},
         dtype=widest(a.dtype for a in adapters),
-        saved=saved,
+        saved=full_tensors(adapters, full),
         metadata=lasting(first.metadata, [called(a) for a in adapters]),
     )
 
@@ -266,8 +265,8 @@ def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
 def scaled(like: Adapter, updates: Mapping[str, LowRank], factor: float = 1.0) -> Adapter:
     """`updates` times `factor` with the metadata of `like`, in its dtype.
 
-    Each side takes the root of the factor, so that half precision overflows as late as it can. If all of them are
-    as they were stored, in that dtype, and the factor is 1, they stay so.
+    Each side takes the root of the factor, in float32 or better, and is rounded once. If all of them are as they were
+    stored, in that dtype, and the factor is 1, they stay so.
 
     Raises
     ------
@@ -280,6 +279,7 @@ def scaled(like: Adapter, updates: Mapping[str, LowRank], factor: float = 1.0) -
         return like.with_modules(updates)
     root, modules = math.sqrt(abs(factor)), {}
     for name, u in updates.items():
+        u = u if factor == 1 else u.wide()
         modules[name] = u = rounded(LowRank(u.left * math.copysign(root, factor), u.right * root), like.dtype)
         if not (finite(u.left) and finite(u.right)):
             raise AdapterError(

@@ -11,6 +11,8 @@ from .angles import geodesic_distance
 from .frames import Frames, Weights, collect64, frame64, random_frame
 from .geodesics import exp, log, tangent
 
+TIE = 1e-6  # relative; two directions are equally common where their eigenvalues are that near
+
 
 def chordal_mean(frames: Frames, weights: Weights = None, k: int | None = None) -> Tensor:
     """Frame, shape=[n, k], of the k leading eigenvectors of Σ wᵢUᵢUᵢᵀ: it maximises Σ wᵢ‖UᵀUᵢ‖²_F.
@@ -18,16 +20,26 @@ def chordal_mean(frames: Frames, weights: Weights = None, k: int | None = None) 
     For equal dimensions it maximises Σ wᵢφ(U, Uᵢ) and minimises Σ wᵢ chordal_distance². From the thin SVD of
     [√w₁U₁ … √w_TU_T]; nothing n × n is formed. frames: [n, kᵢ] each, kᵢ may differ if k is given. weights:
     default equal. φ divides by min(k, kᵢ), so for mixed dimensions the weights that maximise Σ wᵢφ are
-    wᵢ/min(k, kᵢ). Not unique where eigenvalues k and k+1 agree. Raises ValueError for negative weights, or a
-    k larger than the number of directions the frames span.
+    wᵢ/min(k, kᵢ). Not unique where eigenvalues k and k+1 agree, which warns. Raises ValueError for negative
+    weights, or a k larger than the number of directions the frames span.
     """
+    mean, tie = most_common(frames, weights, k)
+    if tie:
+        warnings.warn(f"chordal_mean: {tie}", stacklevel=2)
+    return mean
+
+
+def most_common(frames: Frames, weights: Weights = None, k: int | None = None) -> tuple[Tensor, str]:
+    """The `chordal_mean`, and what is to be said where it is not unique."""
     frames, w, k, dtype = collect64(frames, weights, k)
     stack = torch.cat([U * x**0.5 for U, x in zip(frames, w, strict=True)], dim=-1)  # (n, Σkᵢ)
     X, S, _ = torch.linalg.svd(stack, full_matrices=False)
     rank = int((S > max(1e-12, 10 * torch.finfo(dtype).eps) * S[0]).sum())
     if not 1 <= k <= rank:
         raise ValueError(f"k={k}, but the frames with positive weight span {rank} directions")
-    return X[:, :k].to(dtype)
+    tied = k < rank and bool(S[k - 1].square() - S[k].square() <= TIE * S[0].square())
+    said = f"direction {k} is as common as the next one: which is taken is decided by rounding" if tied else ""
+    return X[:, :k].to(dtype), said
 
 
 def karcher_mean(
@@ -69,7 +81,7 @@ def stationary(frames: Frames, weights: Weights, tol: float, max_iter: int, star
         return float((share * geodesic_distance(U, stack).square()).sum())
 
     others = sorted(frames, key=cost) if starts > 1 else ()  # by what they are, so that their order does not matter
-    ends = [_karcher(U, stack, share, tol, max_iter) for U in [chordal_mean(frames, w), *others][:starts]]
+    ends = [_karcher(U, stack, share, tol, max_iter) for U in [most_common(frames, w)[0], *others][:starts]]
     U, gradient = min(ends, key=lambda end: cost(end[0]))
     far = len(frames) > 2 and bool(geodesic_distance(U, stack[share > 0]).max() > math.pi / 4)
     return Stationary(U.to(dtype), gradient, far)

@@ -39,11 +39,6 @@ class Basis:
         """Whether the first j columns of the factors lie in the first j directions (Cholesky: yes)."""
         return self.transform is not None
 
-    @property
-    def exact(self) -> bool:
-        """Whether nothing of the factors is left out."""
-        return self.nested or self.columns.shape[0] == self.columns.shape[1]
-
     def __getitem__(self, which: Any) -> "Basis":
         """One basis of several, or some of them."""
         transform = None if self.transform is None else self.transform[which]
@@ -223,15 +218,16 @@ class Core:
 
 
 def _careful(updates: Sequence[LowRank], dtype: torch.dtype) -> Core:
-    """The core of the updates in float64 on the CPU, and if columns are cut, of their balanced gauge.
+    """The core of the updates in float64 on the CPU; of their balanced gauge, where a basis is not of their columns.
 
     A gauge of large condition number makes nearly dependent columns that cancel in the product. Cut as columns,
     their rounding becomes a direction of the update, or a small direction is lost; a balanced column is as long
-    as what it does to the update.
+    as what it does to the update. Where nothing is cut, as of columns that span all of a side, the factors of a core
+    are still in that gauge, and rules may look at them.
     """
     wide = [u.to("cpu", torch.float64) for u in updates]
     core = _core(wide)
-    if not (core.left.exact and core.right.exact):
+    if not (core.left.nested and core.right.nested):
         core = _core([u.balanced() for u in wide])
     return replace(core, dtype=dtype)
 

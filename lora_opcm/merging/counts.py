@@ -124,7 +124,13 @@ CORES: dict[str, Callable[[int, int, Sequence[int]], float]] = {
     "svc": _svc, "pico": _pico, "wudi": _interference, "actmat": _interference, "dop": _dop,
 }  # fmt: skip
 SPECTRA = {"opcm", "iso_c", "subspace_boosting", "svc"}  # whose result is a singular value decomposition already
-ONE_RANK = {"ctm", "chordal_mean", "karcher_mean", "quotient_mean", "lora_opcm"}  # of the result
+ONE_RANK = {
+    "ctm": max,
+    "chordal_mean": max,
+    "lora_opcm": max,
+    "karcher_mean": min,
+    "quotient_mean": min,
+}  # the result's
 
 
 def of_module(
@@ -133,7 +139,7 @@ def of_module(
     """Of one module: operations in products and in factorisations, bytes passed over, bytes held, output rank."""
     entry, R, T = method_of(method), sum(ranks), len(ranks)
     space, p, q, small = entry.space, min(R, m), min(R, n), min(m, n)
-    k = min(max(ranks) if method in ONE_RANK else R, small)
+    k = min(ONE_RANK.get(method, sum)(ranks), small)
     if entry.plain and rank is None and R <= small:
         return 0.0, 0.0, 0.0, 0.0, R  # factors side by side
     entries = T * (m * n if space == "dense" else p * q) * PASSES.get(method, 0) + (m + n) * R * STACK

@@ -187,10 +187,7 @@ def merge_part(
 
     ranks = {name: [a.modules[name].rank for a in adapters if name in a.modules] for name in shapes}
 
-    def cut(name: str) -> dict:
-        largest = entry.largest and rank is None and energy is None
-        widest = max((a.modules[name].width for a in adapters if name in a.modules), default=1) if largest else 0
-        return {"rank": max(1, widest) if largest else rank, "energy": energy}
+    cut = {"rank": rank, "energy": energy}
 
     def one(name: str, updates: list[LowRank]) -> Merged:
         if plain and sum(u.rank for u in updates) <= min(shapes[name]):
@@ -201,7 +198,7 @@ def merge_part(
         if entry.space != "core" and device is not None and torch.device(device).type != "mps":  # which has no float64
             updates = [u.to(device) for u in updates]
         inside = SPACES[entry.space].enter(updates)
-        return merge_module(entry, inside, cut(name), scale, _local(options, entry, name))
+        return merge_module(entry, inside, cut, scale, _local(options, entry, name))
 
     def together(name: str) -> bool:
         return entry.space == "core" and not plain and 0 < sum(ranks[name]) < min(shapes[name])
@@ -211,7 +208,7 @@ def merge_part(
         if not together(names[0]):
             return list(map(one, names, parts))
         batch, which, others = Batch.of(parts, device)
-        local, how = [_local(options, entry, name) for name in names], (cut(names[0]), scale)
+        local, how = [_local(options, entry, name) for name in names], (cut, scale)
         done = dict(zip(which, merge_batch(entry, batch, *how, [local[i] for i in which]), strict=True))
         done |= {i: merge_module(entry, core, *how, local[i]) for i, core in others.items()}
         return [done[i] for i in range(len(names))]
@@ -286,4 +283,8 @@ def _updates(adapters: Sequence[Adapter], name: str, weights: Sequence[float]) -
     """The weighted updates of a module, of rank 0 for who lacks it. Half precision stays as it came at weight 1."""
     like = next(a.modules[name] for a in adapters if name in a.modules)
     found = [a.modules.get(name) or like.zero() for a in adapters]
+    found = [
+        LowRank(u.left.detach(), u.right.detach()) if u.left.requires_grad or u.right.requires_grad else u
+        for u in found
+    ]
     return [u if w == 1 else u.wide() * w for u, w in zip(found, weights, strict=True)]

@@ -76,7 +76,7 @@ SPACES = {
 
 def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], scale: float | str, options: Mapping) -> Merged:
     """The merge of one module, entered into the method's space already; `cut` has its rank and energy."""
-    space, late = SPACES[method.space], dict(cut)
+    space, late = SPACES[method.space], _cut(method, inside, cut)
     early = {name: late.pop(name) for name in method.cuts}  # by a rule that leaves no spectrum to cut by
     with hearing() as remarks:
         found, groups = method.rule(inside, **options, **early), None
@@ -89,14 +89,22 @@ def merge_module(method: Method, inside: Any, cut: Mapping[str, Any], scale: flo
     return Merged(update.to("cpu"), dropped, sizes, remarks=remarks)
 
 
+def _cut(method: Method, inside: Any, cut: Mapping[str, Any]) -> dict[str, Any]:
+    """`cut`, or where there is none the largest rank of an update, for a method that is cut to it; not that of its
+    factors, which a gauge can change."""
+    if not method.largest or cut["rank"] or cut["energy"]:
+        return dict(cut)
+    return dict(cut) | {"rank": max(1, *(x.s.shape[-1] for x in inside.frames()))}
+
+
 def merge_batch(
     method: Method, batch: Batch, cut: Mapping[str, Any], scale: float | str, options: Sequence[Mapping]
 ) -> list[Merged]:
     """`merge_module` of every module of a batch, each with its options: in one go, where the rule can."""
     if options and method.batched and cut.get("energy") is None:
-        late = dict(cut)
-        early = {name: late.pop(name) for name in method.cuts}
         try:
+            late = _cut(method, batch, cut)
+            early = {name: late.pop(name) for name in method.cuts}
             found = method.rule(batch, **options[0], **early)
             spectrum = found if isinstance(found, Spectrum) else Spectrum(*nonzero_svd(found, batch.dtype))
             lifted = batch.lift(spectrum, late.get("rank"))

@@ -26,8 +26,8 @@ from ..core import Core
 from ..method import merge_method
 
 SVD = tuple[Tensor, Tensor, Tensor]
-TINY = 1e-6  # relative; an eigenvalue of L below it belongs to directions that depend on each other
-ROUNDING = 1e-12  # relative; an eigenvalue of L below it is what a subtraction left of a direction
+TINY = 1e-6  # relative; a singular value of a stack below it belongs to directions that depend on each other
+ROUNDING = TINY**2  # relative; an eigenvalue of L below it does so, or is what a subtraction left of a direction
 
 
 def polar(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -37,7 +37,7 @@ def polar(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     an adapter given twice, the rest of a full SVD is an arbitrary basis, and the result would depend on the gauge.
     """
     u, s, vh = nonzero_svd(x, dtype)
-    k = nonzero(s, torch.float32)
+    k = nonzero(s, torch.float32)  # those above TINY
     return u[..., :k] @ vh[..., :k, :]
 
 
@@ -53,7 +53,8 @@ def tsv(core: Core | Batch, directions: Limit = None) -> Tensor:
 def whitening(core: Core | Batch) -> Tensor:
     """One adapter at a time: whiten [U_state U_new] and [V_state V_new], stack the spectra.
 
-    Where directions of one side depended on each other, the state's frames are those of the update that it is.
+    Where directions of one side depended on each other, the state's frames are those of the update that it is; what
+    cancelled to rounding is none of it.
     """
     (u, s, vh), *others = core.frames()
     v = vh.mT
@@ -62,8 +63,10 @@ def whitening(core: Core | Batch) -> Tensor:
         v, distinct = _beside(v, new_vh.mT, core.dtype)
         s = torch.cat([s, new_s], -1)
         if not (apart and distinct):
+            largest = s.amax(-1, keepdim=True)
             u, s, vh = nonzero_svd((u * s[..., None, :]) @ v.mT, core.dtype)
-            v = vh.mT
+            k = nonzero(s, core.dtype, largest)
+            u, s, v = u[..., :k], s[..., :k], vh[..., :k, :].mT
     return (u * s[..., None, :]) @ v.mT
 
 
@@ -212,7 +215,7 @@ class Sums:
 def inverse_root(x: Tensor) -> Tensor:
     """x^{-1/2} of a positive semidefinite matrix, zero where x is."""
     values, vectors = torch.linalg.eigh(x)
-    k = alike((values > TINY * values[..., -1:]).sum(-1))
+    k = alike((values > ROUNDING * values[..., -1:]).sum(-1))
     vectors = vectors[..., values.shape[-1] - k :]
     return (vectors * values[..., None, values.shape[-1] - k :].rsqrt()) @ vectors.mT
 

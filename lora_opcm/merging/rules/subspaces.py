@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ... import geometry
-from ...geometry.means import stationary
+from ...geometry.means import most_common, stationary
 from ...numerics import RTOL_SINGLE
 from ...values import AUTO, Count, Density, Limit, Rule
 from ..core import Core, Spectrum
@@ -46,8 +45,10 @@ def chordal_mean(core: Core, k: Limit = None) -> Tensor:
     if not frames:
         return torch.zeros_like(core.cores[0])
     share = [1 / min(k, len(s)) for _, s, _ in frames]  # of mixed ranks, so that Σ φ is what is maximised
-    left = geometry.chordal_mean([u for u, _, _ in frames], weights=share, k=k)
-    return onto(core, left, geometry.chordal_mean([vh.mT for _, _, vh in frames], weights=share, k=k))
+    means = [most_common(side, share, k) for side in ([x.u for x in frames], [x.vh.mT for x in frames])]
+    for said in {tie for _, tie in means if tie}:
+        remark(f"chordal_mean: {said}")
+    return onto(core, *(mean for mean, _ in means))
 
 
 @merge_method("karcher_mean", source="this package")
@@ -95,7 +96,7 @@ def quotient_mean(core: Core, k: Limit = None, steps: Count = 50) -> Tensor:
 @merge_method("ctm", source="Compress then Merge, arXiv 2606.03723", scale=AUTO)
 def ctm(core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5) -> Tensor:
     """Compress, then merge: shared k-dimensional subspaces of most energy, then a rule on k×k coordinates."""
-    k = k or max(1, *(f.width for f in core.factors))
+    k = k or max(1, *(len(x.s) for x in core.frames()))
     left, parts, right = canonical(core)
     left, parts, right = left[:, :k], [c[:k, :k] for c in parts], right[:, :k]
     merged = torch.stack(parts).sum(0) if rule == "sum" else elect([trim(c, density) for c in parts])
