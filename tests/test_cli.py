@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import random
 import re
@@ -139,7 +138,7 @@ def test_compare_of_fresh_adapters_has_no_directions_to_compare(folder):
         a = lo.load_adapter(folder / "a")
         lo.save_adapter(a.with_modules({n: 0.0 * u for n, u in a.modules.items()}), folder / name)
     (row,) = json.loads(run(folder, "compare", "y", "z", "--json").stdout)
-    assert math.isnan(row["φ outputs"]) and row["modules"] == len(SHAPES)
+    assert row["φ outputs"] is None and row["modules"] == len(SHAPES)
     assert "y and z: no module" in run(folder, "compare", "y", "z", "--html", "r.html", code=2).stderr
     assert not (folder / "r.html").exists()
 
@@ -555,7 +554,7 @@ def test_interrupted_it_cleans_up(folder, stop, code, monkeypatch):
     monkeypatch.setattr("lora_opcm.command.recipe.write_text", interrupted)
     for output in ("m", "new"):
         done = run(folder, "merge", "a", "c", "-o", output, "--overwrite", code=code)
-        assert "unchanged" in done.stderr
+        assert "nothing is half written" in done.stderr
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
@@ -578,3 +577,50 @@ def test_align_changes_factors_and_not_the_update(folder):
     assert gap(aligned, a) < 1e-6
     far = lambda x: sum(float((x.modules[n].left - b.modules[n].balanced().left).norm()) for n in SHAPES)  # noqa: E731
     assert far(aligned) < far(a)
+
+
+@pytest.mark.parametrize("output", [".", "./", "../here"])
+def test_a_merge_is_written_into_the_folder_one_is_in(folder, output):
+    here = folder / "here"
+    here.mkdir()
+    run(here, "merge", "../a", "../b", "-o", output, "--method", "cat")
+    run(here, "merge", "../a", "../b", "-o", output, "--method", "tsv", "--overwrite")
+    assert {p.name for p in here.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "merge_recipe.json"
+    }  # fmt: skip
+    assert gap(lo.load_adapter(here), lo.merge(*(lo.load_adapter(folder / n) for n in "ab"), method="tsv")) < 1e-6
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_what_a_state_took_in_before_an_error_is_said(folder):
+    (folder / "bad").mkdir()
+    said = run(folder, "add", "s", "a", "b", "bad", "c", code=2).stderr
+    assert "in s already, not to be added again: a, b" in said
+    assert [row["name"] for row in json.loads(run(folder, "add", "s", "c", "--json").stdout)] == ["a", "b", "c"]
+    assert "already" not in run(folder, "add", "t", "bad", "a", code=2).stderr
+
+
+def test_an_option_said_twice_is_refused(folder):
+    refused = run(folder, "merge", "a", "b", "-o", "m", "--option", "scale=3", "--scale", 1, code=2).stderr
+    assert "--option scale=… and --scale: expected one of them" in refused and not (folder / "m").exists()
+
+
+def test_what_has_no_cosine_is_null_in_json(folder):
+    zero = lo.load_adapter(folder / "a")
+    lo.save_adapter(0.0 * zero, folder / "zero")
+    text = run(folder, "compare", "a", "zero", "--json").stdout
+    assert "null" in text
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads(text, parse_constant=refuse)
+
+
+def test_a_merge_that_is_zero_is_another_one(folder):
+    run(folder, "merge", "a", "a", "-o", "m", "--method", "cat", "--weights", "1,-1")
+    stored = lo.load_adapter(folder / "m")
+    shutil.copytree(folder / "m", folder / "n")
+    like = lo.load_adapter(folder / "a")
+    lo.save_adapter(replace(stored, modules=dict(like.items())), folder / "n", overwrite=True)
+    assert "another" in run(folder, "verify", "a", "a", "--against", "n", code=1).stdout

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from by_hand import CONFIG, PREFIX, WEIGHTS, gap, opcm, run, tensors_of, write_peft
+from by_hand import CONFIG, PREFIX, WEIGHTS, gap, opcm, random_factors, run, tensors_of, write_peft
 from safetensors.torch import load_file, save_file
 
 import lora_opcm as lo
@@ -361,3 +361,17 @@ def test_a_header_of_a_billion_experts_costs_nothing(tmp_path, rows, message):
         lo.load_adapter(tmp_path / "a")
     with pytest.raises(AdapterError, match=message):
         merge_shard([tmp_path / "a"], tmp_path / "s", (0, 2), "cat")
+
+
+def test_experts_as_layers_and_in_one_tensor_are_refused(said, tmp_path):
+    """Of transformers 4 and of 5: peft loads either, and no sum of both."""
+    trained(tmp_path / "new", small("mixtral"), 0)
+    shapes = {f"model.layers.{i}.self_attn.q_proj": (16, 16) for i in range(2)}
+    layers = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w1" for i in range(2) for e in range(4)]
+    rng = np.random.default_rng(0)
+    write_peft(tmp_path / "old", random_factors(rng, shapes | dict.fromkeys(layers, (24, 16)), 3))
+    for pair in (["old", "new"], ["new", "old"]):
+        refused = said("merge", *pair, "-o", "m", "--method", "cat", "--any-base", code=2).err
+        assert "expected one way to hold the experts" in refused and "block_sparse_moe.experts.0.w1" in refused
+        said("merge", *pair, "-o", f"m{pair[0]}", "--method", "cat", "--any-base", "--drop", "*experts*")
+    said("merge", "old", "old", "-o", "twice", "--method", "cat")

@@ -163,3 +163,16 @@ def test_an_update_and_a_full_tensor_of_one_layer_are_refused(said, tmp_path):
             assert "head.weight in full in one and an update in the other, which peft would not add" in told
         said("merge", *order, "-o", order[0] + "m", "--full", "drop")
         said("merge", *order, "-o", order[0] + "n", "--full", "first", "--drop", "head")
+
+
+def test_a_head_that_is_dropped_leaves_the_config(said, heads, tmp_path):
+    said("merge", "a", "b", "-o", "m", "--method", "cat", "--drop", "head*")
+    assert not kept(tmp_path / "m") and not json.loads((tmp_path / "m" / CONFIG).read_text())["modules_to_save"]
+    said("convert", "a", "-o", "n", "--to", "peft", "--drop", "head.bias")
+    assert json.loads((tmp_path / "n" / CONFIG).read_text())["modules_to_save"] == ["head"]
+
+
+def test_weights_do_not_multiply_a_head_and_that_is_said(said, heads, tmp_path):
+    assert "full tensors (head.bias, …) are not multiplied" in said("resize", "a", "-o", "m", "--strength", 0.5).err
+    assert "multiplied" not in said("resize", "a", "-o", "n", "--rank", 1).err
+    assert "multiplied" not in said("resize", "c", "-o", "o", "--strength", 0.5).err

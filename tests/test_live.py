@@ -1,5 +1,7 @@
 """Adapters of models in memory: what a merge does to the logits of peft itself."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -80,3 +82,21 @@ def test_mistakes_are_named():
         lo.attach(base(), wrong)
     with pytest.raises(lo.AdapterError, match="DoRA"):
         lo.from_peft(trained(1, use_dora=True))
+
+
+def test_attention_that_peft_wraps_twice_comes_back():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.out = torch.nn.MultiheadAttention(16, 4, batch_first=True), torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.out(self.attn(x, x, x)[0])
+
+    torch.manual_seed(0)
+    base, x = Block().eval(), torch.randn(2, 3, 16)
+    model = get_peft_model(
+        deepcopy(base), LoraConfig(r=2, target_modules=["attn", "out"], init_lora_weights=False)
+    ).eval()
+    again = lo.attach(deepcopy(base), lo.from_peft(model)).eval()
+    torch.testing.assert_close(again(x), model(x))

@@ -538,3 +538,26 @@ def test_similarity_and_align_refuse_and_warn_as_a_merge_does(tmp_path):
             ask(a, b)
         with pytest.warns(UserWarning, match="6 modules that end alike under names that differ"):
             ask(c, d)
+
+
+def test_a_pattern_drops_a_layer_under_all_its_names(said, tmp_path):
+    rng, sizes = np.random.default_rng(0), {"self_attn.q_proj": (6, 6)}
+    for name, head in (("a", "model.layers"), ("b", "model.language_model.layers")):
+        shapes = {f"{head}.{i}.{end}": size for i in range(2) for end, size in sizes.items()}
+        write_peft(tmp_path / name, random_factors(rng, shapes, 2))
+    for order in (["a", "b"], ["b", "a"]):
+        for pattern in ("model.layers.0.*", "model.language_model.layers.0.*", "*layers.0.*"):
+            out = f"{order[0]}-{hash(pattern)}"
+            said("merge", *order, "-o", out, "--method", "cat", "--drop", pattern)
+            (left,) = lo.load_adapter(tmp_path / out)
+            assert left.endswith("layers.1.self_attn.q_proj")
+    whole = {n: lo.load_adapter(tmp_path / n) for n in "ab"}
+    assert (
+        len(lo.merge(*whole.values(), method="cat", drop="model.layers.0.*")) == 1
+    )  # one pattern is no list of letters
+    # Of a layer under two names in one file, one name goes and the other stays.
+    first = {f"model.layers.{i}.self_attn.q_proj": (6, 6) for i in range(2)}
+    second = {n.replace("model.", "model.language_model.", 1): s for n, s in first.items()}
+    write_peft(tmp_path / "both", random_factors(rng, first | second, 2))
+    said("merge", "both", "a", "-o", "kept", "--method", "tsv", "--drop", "model.language_model.*")
+    assert len(lo.load_adapter(tmp_path / "kept")) == 2

@@ -66,11 +66,11 @@ def test_import_needs_little():
 ROOMS = "values plugins numerics parallel lowrank geometry gauge files merging streams testing api lab command site"
 INSIDE = {
     "geometry": "frames angles geodesics overlap means",
-    "files": "names adapter format peft experts full joint paired refusals parts kohya diffusers table disk expanded"
-    " updates read write live placed fuse bundle shipped",
+    "files": "names adapter drop format peft experts full joint paired refusals parts kohya diffusers table disk"
+    " expanded updates read write live placed fuse bundle shipped",
     "merging": "core batch method remarks rules space sketch counts merge plan shards",
     "streams": "stream update opcm whitened_sum whitening factors store",
-    "command": "console card recipe tables drawing report states merges tune app",
+    "command": "console card recipe tables drawing report states merges fuse tune app",
     "lab": "assets gguf embedded tasks bases attach protocol resampling evaluation training train experiments evidence"
     " generation travel tune",
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import merges, states, tune
+from . import fuse, merges, states, tune
 from .console import (
     AsJson,
     Drop,
@@ -115,7 +115,7 @@ app.command("merge")(merges.merge_)
 app.command("resize")(merges.resize_)
 app.command("join")(merges.join_)
 app.command("tune")(tune.tune_)
-app.command("fuse")(merges.fuse_)
+app.command("fuse")(fuse.fuse_)
 
 
 @app.command()

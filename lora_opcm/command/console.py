@@ -65,7 +65,7 @@ class Steps:
 def show(rows: list[dict], as_json: bool, title: str = "") -> None:
     """A list of records as a table, or as JSON."""
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([{k: None if v != v else v for k, v in row.items()} for row in rows], indent=1))  # no NaN
         return
     if title:
         say(title)
@@ -121,7 +121,7 @@ def guarded(run: Callable[[], None]) -> None:
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes the first an exit by 130
         if isinstance(end, KeyboardInterrupt) or end.code == 130:
-            note("interrupted; what was there before is unchanged")
+            note("interrupted; nothing is half written")
             sys.exit(130)
         raise
     finally:

@@ -1,4 +1,4 @@
-"""`lora-opcm merge`, `resize` and `join`: one adapter out of several; `fuse`: a model with one in it."""
+"""`lora-opcm merge`, `resize` and `join`: one adapter out of several."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,11 @@ def merge_(
     from ..merging.shards import merge_shard
     from . import recipe
 
-    options = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed} | parse(option, method)
+    options: dict[str, Any] = {"alpha": alpha, "scale": number_or_word(scale), "seed": seed}
+    others = parse(option, method)
+    if twice := [name for name in others if options.get(name) is not None]:
+        raise ValueError(f"--option {twice[0]}=… and --{twice[0]}: expected one of them")
+    options |= others
     options |= {"rank": rank, "energy": energy, "drop": drop, "full": full and full.value}
     options |= {"disjoint": disjoint or None, "any_base": any_base or None, "ragged": ragged or None}
     call: dict[str, Any] = {"method": method, "scale": method_of(method).scale}  # said in any case: it may change
@@ -177,6 +181,8 @@ def merged_into(
             merged, output, inputs, call, overwrite=overwrite, format=format, dtype=torch_dtype(dtype), choice=choice
         )
     wrote(path, merged)
+    if merged.saved and any(w != 1 for w in call.get("weights", ())):
+        note(f"warning: weights are of updates; full tensors ({min(merged.saved)}, …) are not multiplied")
     given = call["scale"] != AUTO and method_of(call["method"]).scale == AUTO
     if given and (rule := _by_rule(call, loaded)) and not 1 / FAR < (times := merged.norm() / rule) < FAR:
         note(f"warning: that is {times:.3g} times the norm that --scale auto gives, {rule:.4g}")
@@ -279,22 +285,3 @@ def join_(
     recipe.refuse_existing(output, overwrite, format)
     merged, call, inputs = join(parts)
     wrote(recipe.write_merge(merged, output, inputs, call, overwrite=overwrite, format=format), merged)
-
-
-def fuse_(
-    adapter: Source,
-    base: Annotated[Path, typer.Option(help="the model: a folder with .safetensors files, or one such file")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="what is made, a folder or a file as the base is")],
-    drop: Drop = None,
-):
-    """A full model: the base with the adapter's updates added, for tools that take no adapter.
-
-    Files have the names, keys and dtypes of the base; config and tokenizer are copied. The base is read and written a
-    block of rows at a time and never is in memory. To leave it as it is, load the adapter beside it.
-    """
-    from ..files import dropping, fuse, load_adapter
-
-    (found,) = dropping([load_adapter(adapter)], drop or ())
-    with Steps() as steps:
-        changed, total = fuse(found, base, output, steps.of("writing"))
-    note(f"wrote {output}: {changed} of {total} tensors changed")

@@ -114,6 +114,7 @@ def write_merge(
         As `save_adapter`, and if any of the files exists and `overwrite` is not set.
     """
     output, format = Path(output), format or merged.format
+    output = output if output.name not in ("", "..") else output.resolve()  # which has a name
     refuse_existing(output, overwrite, format)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = scratch(output)
@@ -276,7 +277,8 @@ def distance(a: Adapter, b: Adapter) -> tuple[float, str]:
         y, same = b[name], torch.equal(x.left, b[name].left) and torch.equal(x.right, b[name].right)
         gaps[name] = 0.0 if same else _norm(x.to(torch.float64) + -1 * y.to(torch.float64))
     total = sum(g**2 for g in gaps.values()) ** 0.5
-    found = [(total / b.norm() if total else 0.0, max(gaps, key=gaps.__getitem__))]
+    norm = b.norm()
+    found = [(total and (total / norm if norm else float("inf")), max(gaps, key=gaps.__getitem__))]
     for name, full in a.saved.items():
         one, other = full.double(), b.saved[name].to(full.dtype).double()
         if one.shape != other.shape:

@@ -93,7 +93,7 @@ def add(
     state wait for each other (beside it lies a lock file, empty and hidden). What a new state is told, it
     keeps: an existing one refuses other options.
     """
-    from ..files import load_adapter
+    from ..files import AdapterError, load_adapter
     from ..streams import load_stream
 
     given = {"alpha": alpha, "variant": variant and variant.value, "power": power,
@@ -105,10 +105,20 @@ def add(
             _refuse_change(state, stream, method, given)
         else:
             stream = _new(method or "opcm", given)
-        for i, path in enumerate(adapters, 1):
-            text = f"adding {path.name} ({i} of {len(adapters)})"
-            stream.add(load_adapter(path), path.name, steps.of(text), disjoint, any_base, full and full.value)
-            stream.save(state)
+        done: list[str] = []
+        try:
+            for i, path in enumerate(adapters, 1):
+                text = f"adding {path.name} ({i} of {len(adapters)})"
+                stream.add(load_adapter(path), path.name, steps.of(text), disjoint, any_base, full and full.value)
+                stream.save(state)
+                done.append(str(path))
+        except BaseException as error:
+            said = f"in {state} already, not to be added again: {', '.join(done)}"
+            if done and isinstance(error, ValueError):
+                raise AdapterError(f"{error}; {said}") from error
+            if done:
+                note(said)
+            raise
     _table(stream, as_json)
 
 

@@ -1,8 +1,9 @@
 """Adapters and their files: PEFT folders, kohya and diffusers files, in and out without loss."""
 
 from .adapter import LINEAR, Adapter, AdapterError, Kind
+from .drop import dropping
 from .fuse import fuse
-from .joint import combine, dropping, level, matched, scaled, shapes_of
+from .joint import combine, level, matched, scaled, shapes_of
 from .read import load_adapter, outline, weights_of
 from .shipped import adapter_path, data_dir
 from .write import renamed, save_adapter

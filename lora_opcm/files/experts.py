@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from ..lowrank import LowRank
 from .adapter import Adapter, AdapterError, Kind
 from .format import Stored
+from .names import canonical
 from .peft import Scales
 
 MAX_PARAMETERS = 5  # of one module, where their ranks and scales are not all the same
@@ -115,7 +116,7 @@ def _sizes(
 
 
 def refuse_others(adapters: Sequence[Adapter]) -> None:
-    """Raise AdapterError if two adapters wrap other parameters of one module."""
+    """Raise AdapterError if two adapters wrap other parameters of one module, or one has a layer for each expert."""
     known: dict[str, tuple[tuple[str, ...], str]] = {}
     for adapter in adapters:
         for name, kind in adapter.kinds.items():
@@ -127,6 +128,17 @@ def refuse_others(adapters: Sequence[Adapter]) -> None:
                         f" experts (target_parameters), got {', '.join(parameters)} and {', '.join(kind.parameters)}:"
                         " files number them and do not say which is which"
                     )
+    homes = {canonical(module): (module, source) for module, (_, source) in known.items()}
+    for adapter in adapters:
+        for name in adapter:
+            each = re.match(r"(.*_experts)_\d+_", canonical(name))
+            if each and each[1] in homes:
+                module, first = homes[each[1]]
+                raise AdapterError(
+                    f"{first} and {adapter.source}: expected one way to hold the experts, got one tensor of all in"
+                    f" {module} (target_parameters) and a layer for each, {name}: train both with one version of"
+                    " transformers, or --drop (drop=) the experts"
+                )
 
 
 def stacked(adapter: Adapter) -> tuple[Adapter, dict[str, tuple[int, float]]]:

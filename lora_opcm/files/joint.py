@@ -1,6 +1,5 @@
 """Several adapters as one: their modules under one name each, and what must agree before they are combined."""
 
-import fnmatch
 import json
 import math
 import re
@@ -146,35 +145,6 @@ def _doubts(adapter: Adapter, new: Mapping[str, str], known: Mapping[str, str]) 
 
 def _count(number: int) -> str:
     return f"{number} module{'s' * (number != 1)}"
-
-
-def dropping(adapters: Sequence[Adapter], patterns: Sequence[str]) -> list[Adapter]:
-    """The adapters without the modules and full tensors whose names match one of the patterns (`fnmatch`).
-
-    Raises
-    ------
-    AdapterError
-        If a pattern matches no name at all, or nothing is left of an adapter.
-    """
-    names = {name for adapter in adapters for name in (*adapter.modules, *adapter.saved)}
-    gone: set[str] = set()
-    for pattern in patterns:
-        if not (hit := fnmatch.filter(names, pattern)):
-            raise AdapterError(
-                f"--drop {pattern}: no name of {_sources(adapters)} matches, expected one such as {min(names)}"
-            )
-        gone |= {*hit, *(f"{name}.base_layer.weight" for name in hit)}  # a weight of the base that peft saved unasked
-    found = []
-    for adapter in adapters if gone else ():
-        kept = adapter.with_modules({name: u for name, u in adapter.items() if name not in gone})
-        if not kept.modules:
-            raise AdapterError(f"{adapter.source}: --drop {' '.join(patterns)} leaves no module of it")
-        found.append(replace(kept, saved={name: t for name, t in adapter.saved.items() if name not in gone}))
-    return found or list(adapters)
-
-
-def _sources(adapters: Sequence[Adapter]) -> str:
-    return ", ".join(a.source for a in adapters)
 
 
 def combine(

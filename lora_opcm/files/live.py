@@ -56,7 +56,8 @@ def attach(model: "Module", adapter: Adapter, name: str = "merged") -> "PeftMode
 
     modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
     needed = {n: home(n) if adapter.kinds.get(n, LINEAR).name == "expert" else n for n in adapter}
-    if missing := [name for name, module in needed.items() if module not in modules]:
+    plain = {n: module.replace(".base_layer", "") for n, module in needed.items()}  # as in a model that is not wrapped
+    if missing := [n for n in needed if needed[n] not in modules and plain[n] not in modules]:
         raise ValueError(f"the model has no module {missing[0]!r} ({len(missing)} of {len(adapter)} are missing)")
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ValueError(f"the model has an adapter {name!r} already, expected another name")
