@@ -618,7 +618,7 @@ def test_what_has_no_cosine_is_null_in_json(folder):
 
 
 def test_a_merge_that_is_zero_is_another_one(folder):
-    run(folder, "merge", "a", "a", "-o", "m", "--method", "cat", "--weights", "1,-1")
+    run(folder, "merge", "a", "a", "-o", "m", "--method", "cat", "--weights", "0,0")
     stored = lo.load_adapter(folder / "m")
     shutil.copytree(folder / "m", folder / "n")
     like = lo.load_adapter(folder / "a")
