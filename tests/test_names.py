@@ -561,3 +561,22 @@ def test_a_pattern_drops_a_layer_under_all_its_names(said, tmp_path):
     write_peft(tmp_path / "both", random_factors(rng, first | second, 2))
     said("merge", "both", "a", "-o", "kept", "--method", "tsv", "--drop", "model.language_model.*")
     assert len(lo.load_adapter(tmp_path / "kept")) == 2
+
+
+def test_kohya_is_renamed_like_a_pipeline_of_one_text_encoder(said, tmp_path):
+    """`lora_te1` is its `text_encoder`, though there is no second one: as `merge` has it."""
+    rng = np.random.default_rng(0)
+    ends = {"text_model.encoder.layers.0.self_attn.q_proj": (6, 6)}
+    short = {f"lora_te1_{end.replace('.', '_')}": size for end, size in ends.items()}
+    factors = random_factors(rng, short, 2)
+    deltas = write_kohya(tmp_path / "k.safetensors", factors, 2.0)
+    like = {
+        f"text_encoder.{end}.{side}.weight": torch.randn(*s)
+        for end in ends
+        for side, s in (("lora_A", (2, 6)), ("lora_B", (6, 2)))
+    }
+    save_file(like, tmp_path / "d.safetensors")
+    said("convert", "k.safetensors", "-o", "o.safetensors", "--to", "diffusers", "--like", "d.safetensors")
+    found = lo.load_adapter(tmp_path / "o.safetensors")
+    assert list(found) == [f"text_encoder.{end}" for end in ends]
+    assert np.allclose(next(iter(found.values())).delta(), next(iter(deltas.values())), atol=1e-5)

@@ -13,6 +13,7 @@ from .adapter import DTYPES, FACTOR_DTYPES, Adapter, AdapterError
 from .disk import replacing, scratch, write_bytes, write_safetensors
 from .experts import stacked
 from .format import folded, size_of
+from .names import respelled
 from .peft import CONFIG, WEIGHTS
 from .refusals import and_more
 from .table import formats, names_in
@@ -102,6 +103,8 @@ def renamed(adapter: Adapter, like: Adapter) -> Adapter:
         If `like` lacks a module, or has names that kohya does not know.
     """
     dotted = {short: name for name, short in names_in("kohya", like).items()}
+    others = respelled(like.modules, [name for name in adapter.modules if name not in dotted])  # other spellings
+    dotted |= {name: found for name, found in others.items() if found in like}
     missing = [name for name in adapter.modules if name not in dotted]
     if missing:
         raise AdapterError(
