@@ -16,6 +16,31 @@ CUT_IN_LINES = """() => [...document.querySelectorAll("mjx-container:not([displa
     return block && m.getBoundingClientRect().right > block.getBoundingClientRect().right + 1
         && !block.closest(".pst-scrollable-table-container") && !m.closest(".lo-wide");
 }).map(m => m.parentElement.textContent)"""
+CUT_WORDS = """box => {
+    const size = (e) => e.getBoundingClientRect(), meet = (a, b) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 &&
+        Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
+    const all = [...box.querySelectorAll("svg text")].filter(t => size(t).width && !t.closest(".hoverlayer"));
+    const menus = [...box.querySelectorAll(".updatemenu-item-rect")].map(size);
+    const names = all.filter(t => t.closest(".legend"));
+    return all.filter(t => {
+        const at = size(t), whole = size(box);
+        return at.left < whole.left - 1 || at.right > whole.right + 1
+            || at.top < whole.top - 1 || at.bottom > whole.bottom + 1
+            || !t.closest(".updatemenu-container") && menus.some(menu => meet(menu, at))
+            || t.closest(".annotation") && names.some(name => meet(size(name), at));
+    }).map(t => t.textContent);
+}"""
+INKS = """box => {
+    const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const seen = (colour) => {
+        pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+        return `rgb(${pen.getImageData(0, 0, 1, 1).data.slice(0, 3).join()})`;
+    };
+    const ground = seen(getComputedStyle(document.body).backgroundColor);
+    const ink = (text) => seen(getComputedStyle(text).fill);
+    return [...box.querySelectorAll(".annotation-text")].map(text => [text.textContent, ink(text), ground]);
+}"""
 TABLES = """async () => {
     const next = () => new Promise(done => {
         requestAnimationFrame(() => setTimeout(done, 60)); setTimeout(done, 1000);
@@ -121,6 +146,23 @@ def menus(page, tally):
                 if opacity != "1" or _alpha(ground) != 1 or _contrast(ground, ink) < 4.5:
                     found.append((theme, ground, ink, opacity))
     return found
+
+
+def cut_words(page):
+    """Words of figures that an edge cuts, a menu covers, or that stand on a name of the legend."""
+    return [words for box in figures(page) for words in box.evaluate(CUT_WORDS)]
+
+
+def faint(page):
+    """Labels in figures that one can hardly read on the page, in either theme."""
+    labels = page.locator(".annotation-text").count()
+    inks = [
+        (theme, *ink)
+        for theme in (themes(page) if labels else ())
+        for box in figures(page)
+        for ink in box.evaluate(INKS)
+    ]
+    return [(theme, words) for theme, words, ink, ground in inks if _contrast(ink, ground) < 4.5]
 
 
 def _numbers(colour):

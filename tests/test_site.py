@@ -46,6 +46,7 @@ def test_page(name, page, server, tally):
         assert figure.locator(".modebar-btn").count() == 0, "a mode bar lies over legends and menus"
     _formulas_and_tables(page, tally)
     assert looks.menus(page, tally) == []
+    assert looks.faint(page) == []
     foreign = [u for u in page.requests if not u.startswith((server, "data:", "blob:"))]
     tally.update(pages=1, figures=figures.count())
     tally.update({"foreign requests": len(foreign), "console errors": len(page.troubles)})
@@ -60,6 +61,7 @@ def test_page_on_a_phone(name, context, server, tally):
     _formulas_and_tables(page, tally)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert looks.thumbed(page, tally) == []
+    assert looks.cut_words(page) == []
 
 
 def _formulas_and_tables(page, tally):
@@ -89,6 +91,23 @@ def test_a_finger_turns_space_once_asked_to(name, context, server):
         assert box.evaluate(camera) != before
         box.locator("+ .lo-turn").tap()
         assert swipe(page, *middle) >= 80
+
+
+@pytest.mark.parametrize("name", _pages('"type":"scatter3d"', '"type":"mesh3d"'))
+def test_arrow_keys_turn_space(name, page, server):
+    turned = []
+    page.goto(f"{server}/{name}", wait_until="load")
+    for box in looks.figures(page):
+        for space in box.locator(".lo-key [role=application]").all():
+            eyes = [box.evaluate("b => Object.values(b._fullLayout.scene._scene.getCamera().eye)")]
+            space.focus()
+            for key in ("ArrowRight", "ArrowUp"):
+                page.keyboard.press(key)
+                page.wait_for_timeout(300)
+                eyes.append(box.evaluate("b => Object.values(b._fullLayout.scene._scene.getCamera().eye)"))
+            assert eyes[1][0] != eyes[0][0] and eyes[1][2] == pytest.approx(eyes[0][2]) and eyes[2][2] > eyes[1][2]
+            turned.append(name)
+    assert turned
 
 
 def test_tables_have_no_row_for_the_name_of_their_index():

@@ -1,6 +1,7 @@
 // Draws each .lo-figure with plotly when it comes near the screen, in the page's colours.
 (() => {
   "use strict";
+  const { addRange, letKeys } = window.loKeys;
   const here = document.currentScript.src.replace(/figures\.js.*/, "");
   let loading;
   const plotly = () =>
@@ -92,40 +93,102 @@
     for (const { args } of layout.sliders.flatMap(({ steps }) => steps)) args.length = 1;
   };
 
-  // A click on a point shows all points as differences to it, and another click takes that back. `ends` has the
-  // interval of each point minus every later one, of all traces one after the other.
+  // A click on a point, or Enter, shows all points as differences to it, and another takes that back, to what the
+  // button shows that was pressed last. `ends` has the interval of each point minus every later one, of all traces one
+  // after the other.
   const letPin = (box, Plotly, ends) => {
-    const whole = box._fullData.map(({ x, error_x }) => ({
-      x: Array.from(x),
-      array: Array.from(error_x.array),
-      minus: Array.from(error_x.arrayminus),
-    }));
-    const starts = whole.map((_, i) => whole.slice(0, i).reduce((sum, { x }) => sum + x.length, 0));
-    const values = whole.flatMap(({ x }) => x);
-    const title = box.layout.xaxis.title.text;
-    let pin = null;
+    const points = box._fullData.flatMap(({ x, y, name, error_x: { array, arrayminus } }, curveNumber) =>
+      Array.from(x, (value, i) => ({
+        curveNumber, pointNumber: i, y: y[i], name: `${y[i]}, ${name}`,
+        value, low: value - arrayminus[i], high: value + array[i],
+      })),
+    );
+    const lit = (active) => box.layout.updatemenus && { "updatemenus[0].active": active };
+    const show = (places, title) => {
+      const each = (number) => box.data.map((_, k) => places.filter((_, i) => points[i].curveNumber === k).map(number));
+      const bars = { "error_x.array": each(([v, , b]) => b - v), "error_x.arrayminus": each(([v, a]) => v - a) };
+      return [{ x: each(([v]) => v), ...bars }, { "xaxis.title.text": title }];
+    };
+    const whole = points.map(({ value, low, high }) => [value, low, high]);
+    const views = box.layout.updatemenus?.[0].buttons ?? [{ args: show(whole, box.layout.xaxis.title.text) }];
+    let [pin, view] = [null, box.layout.updatemenus?.[0].active ?? 0];
     const between = (i, j) => {
       if (i === j) return [0, 0];
       const [a, b] = [Math.min(i, j), Math.max(i, j)];
-      const [low, high] = ends[(a * (2 * values.length - a - 1)) / 2 + b - a - 1];
+      const [low, high] = ends[(a * (2 * points.length - a - 1)) / 2 + b - a - 1];
       return i < j ? [low, high] : [-high, -low];
     };
-    const minus = ({ x }, k) => {
-      const found = x.map((value, i) => [value - values[pin], ...between(starts[k] + i, pin)]);
-      return { x: found.map(([v]) => v), array: found.map(([v, , b]) => b - v), minus: found.map(([v, a]) => v - a) };
+    const minus = ({ value }, i) => [value - pin.value, ...between(i, points.indexOf(pin))];
+    const press = (point) => {
+      pin = point === pin ? null : point;
+      const [places, layout] = pin ? show(points.map(minus), `points more or less than ${pin.name}`) : views[view].args;
+      Plotly.update(box, places, { ...layout, ...lit(pin ? -1 : view) });
     };
-    box.on("plotly_buttonclicked", () => (pin = null));
-    box.on("plotly_click", ({ points: [point] }) => {
-      const at = starts[point.curveNumber] + point.pointIndex;
-      pin = at === pin ? null : at;
-      const now = pin === null ? whole : whole.map(minus);
-      const each = (key) => now.map((trace) => trace[key]);
-      Plotly.update(
-        box,
-        { x: each("x"), "error_x.array": each("array"), "error_x.arrayminus": each("minus") },
-        { "xaxis.title.text": pin === null ? title : `points more or less than ${point.y}, ${point.data.name}` },
-      );
+    box.on("plotly_buttonclicked", ({ active }) => ([pin, view] = [null, active]));
+    box.on("plotly_click", ({ points: [{ curveNumber: k, pointNumber: i }] }) =>
+      press(points.find(({ curveNumber, pointNumber }) => curveNumber === k && pointNumber === i)),
+    );
+
+    const { yaxis } = box._fullLayout;
+    const rows = [...points].sort((a, b) => yaxis.d2p(b.y) - yaxis.d2p(a.y)); // from below
+    let row = rows.length - 1;
+    const dot = () => {
+      const { curveNumber, pointNumber } = rows[row];
+      return box.querySelectorAll(".scatterlayer .trace")[curveNumber].querySelectorAll(".point")[pointNumber];
+    };
+    const say = () => {
+      const { curveNumber, pointNumber, name } = rows[row];
+      return `${name}: ${box._fullData[curveNumber].x[pointNumber].toFixed(1)}${rows[row] === pin ? ", pinned" : ""}`;
+    };
+    const tell = () => Plotly.Fx.hover(box, [rows[row]]);
+    const key = addRange(box, dot, "point, Enter pins it", rows.length, () => row, say, (to) => {
+      row = to;
+      settle(box, Plotly);
+      tell();
     });
+    key.onfocus = tell;
+    key.onblur = () => Plotly.Fx.unhover(box);
+    key.onkeydown = (event) => {
+      if (event.key === "Enter") press(rows[row]);
+    };
+  };
+
+  // A title below an axis that is too long for one line gets more of them.
+  const pen = document.createElement("canvas").getContext("2d");
+  const fitTitles = (box) => {
+    const next = {};
+    for (const [key, { title }] of Object.entries(box.layout)) {
+      if (!/^xaxis\d*$/.test(key) || !title?.text) continue;
+      const { _offset, _length, title: drawn } = box._fullLayout[key];
+      const middle = _offset + _length / 2;
+      const room = 2 * Math.min(middle, box._fullLayout.width - middle) - 4;
+      pen.font = `${drawn.font.size}px ${drawn.font.family}`;
+      const lines = title.text.split(/<br>| /).reduce(([line, ...above], word) => {
+        const longer = `${line} ${word}`.trim();
+        return line && pen.measureText(longer).width > room ? [word, line, ...above] : [longer, ...above];
+      }, [""]);
+      const text = lines.reverse().join("<br>");
+      if (text !== title.text) next[`${key}.title.text`] = text;
+    }
+    return next;
+  };
+
+  // What follows every drawing: titles that fit, words whose colour can be read, keys over what they stand for.
+  const settle = async (box, Plotly) => {
+    if (box.settling) return;
+    box.settling = true;
+    const titles = fitTitles(box);
+    if (Object.keys(titles).length) await Plotly.relayout(box, titles);
+    for (const { style, dataset } of box.querySelectorAll(".annotation-text")) {
+      style.fill = `color-mix(in srgb, ${(dataset.own ??= style.fill)} 55%, var(--pst-color-text-base))`;
+    }
+    const from = box.getBoundingClientRect();
+    for (const place of box.querySelectorAll(".lo-key")) {
+      const { left, top, width, height } = place.over().getBoundingClientRect();
+      place.style.cssText = `left:${left - from.left}px;top:${top - from.top}px;width:${width}px;height:${height}px`;
+      place.sync?.();
+    }
+    box.settling = false;
   };
 
   async function draw(box) {
@@ -143,7 +206,11 @@
     const narrow = box.clientWidth < 480 ? { "font.size": 11, "yaxis.tickfont.size": 10 } : {};
     await Plotly.relayout(box, { ...themed(box._fullLayout), ...narrow });
     letScroll(box);
+    letKeys(box, Plotly);
     if (figure.layout.meta?.pins) letPin(box, Plotly, figure.layout.meta.pins);
+    const redrawn = ["afterplot", "relayout", "restyle", "update", "sliderchange", "animatingframe"];
+    redrawn.forEach((kind) => box.on(`plotly_${kind}`, () => settle(box, Plotly)));
+    await settle(box, Plotly);
     box.dataset.drawn = "true";
   }
 
@@ -181,8 +248,8 @@
     wide.forEach(fade);
   };
 
-  // A table or formula wider than its column fades at the side that goes on.
-  const WIDE = ".text_html, .pst-scrollable-table-container, div.math, .lo-wide";
+  // A table, formula or output wider than its column fades at the side that goes on; a figure fits, once it is redrawn.
+  const WIDE = ".text_html:not(:has(.lo-figure)), .pst-scrollable-table-container, div.math, .lo-wide, .bd-article pre";
   const fade = (box) =>
     box.classList.toggle("lo-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
   const watchWide = () => {
