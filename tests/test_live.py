@@ -5,9 +5,12 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import lora_opcm as lo
+from lora_opcm.files import fuse
+from lora_opcm.files.names import canonical
 
 IDS = torch.arange(12)[None]
 
@@ -100,3 +103,31 @@ def test_attention_that_peft_wraps_twice_comes_back():
     ).eval()
     again = lo.attach(deepcopy(base), lo.from_peft(model)).eval()
     torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_vision_transformer_under_the_names_of_either_transformers(tmp_path):
+    """Version 4 wrote an adapter with the names that files of the model have still; version 5 writes others."""
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16,
+                       patch_size=8, num_labels=3)  # fmt: skip
+    torch.manual_seed(0)
+    base, x = ViTForImageClassification(config).eval(), torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16)
+    base.save_pretrained(tmp_path / "base")
+    with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
+        there = {name.removesuffix(".weight") for name in file.keys()}  # noqa: SIM118
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+    model = get_peft_model(deepcopy(base), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    new = lo.from_peft(model)
+    names = {n: next(old for old in there if canonical(old) == canonical(n)) for n in new}
+    assert len(set(names.values())) == len(new) == 12 and not set(names.values()) & set(new)
+    old = new.with_modules({names[name]: update for name, update in new.items()})
+    for adapter in (new, old):
+        torch.testing.assert_close(lo.attach(deepcopy(base), adapter).eval()(x).logits, model(x).logits)
+        lo.save_adapter(adapter, tmp_path / "a", overwrite=True)
+        fuse(lo.load_adapter(tmp_path / "a"), tmp_path / "base", tmp_path / f"fused {adapter is old}")
+        fused = ViTForImageClassification.from_pretrained(tmp_path / f"fused {adapter is old}").eval()
+        torch.testing.assert_close(fused(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="12 modules under the names of"):
+        both = lo.merge([new, old], "cat")
+    assert set(both) == set(new)
+    with pytest.raises(ValueError, match="the model has no module"):
+        lo.attach(deepcopy(base), old.with_modules({f"x.{n}": u for n, u in old.items()}))

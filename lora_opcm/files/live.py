@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from ..lowrank import LowRank
 from .adapter import LINEAR, Adapter
 from .experts import home
+from .joint import respell
+from .names import respelled
 from .read import load_adapter
 from .write import save_adapter
 
@@ -45,7 +47,8 @@ def from_peft(model: "PeftModel", name: str | None = None) -> Adapter:
 def attach(model: "Module", adapter: Adapter, name: str = "merged") -> "PeftModel":
     """The model with the adapter beside its weights, active, in peft's layers.
 
-    A `PeftModel` gets it beside the adapters it has; any other model is wrapped, and its layers are replaced.
+    A `PeftModel` gets it beside the adapters it has; any other model is wrapped, and its layers are replaced. Known
+    spellings of a layer are one, as in `merge`.
 
     Raises
     ------
@@ -57,7 +60,11 @@ def attach(model: "Module", adapter: Adapter, name: str = "merged") -> "PeftMode
     modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
     needed = {n: home(n) if adapter.kinds.get(n, LINEAR).name == "expert" else n for n in adapter}
     plain = {n: module.replace(".base_layer", "") for n, module in needed.items()}  # as in a model that is not wrapped
-    if missing := [n for n in needed if needed[n] not in modules and plain[n] not in modules]:
+    missing = [n for n in needed if needed[n] not in modules and plain[n] not in modules]
+    spelled = respelled(modules, missing)  # as another version of transformers has it, say
+    if all(name in modules for name in spelled.values()):
+        adapter, missing = respell(adapter, {name: spelled.get(name, name) for name in adapter}, adapter.format), []
+    if missing:
         raise ValueError(f"the model has no module {missing[0]!r} ({len(missing)} of {len(adapter)} are missing)")
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ValueError(f"the model has an adapter {name!r} already, expected another name")

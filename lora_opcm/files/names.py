@@ -1,8 +1,8 @@
 """One layer, one name: the spellings that trainers give the modules of a model, and its base model.
 
-Sources: the renaming tables of diffusers (convert_original_stable_diffusion_to_diffusers, convert_flux_to_diffusers)
-and of sd-scripts. Only what is one to one is in: Flux's `img_attn.qkv` is three layers of diffusers in one, and the
-halves of `final_layer.adaLN_modulation.1` are swapped there.
+Sources: the renaming tables of diffusers (convert_original_stable_diffusion_to_diffusers, convert_flux_to_diffusers),
+of sd-scripts and of transformers (conversion_mapping, ViTModel and Dinov2Model). Only what is one to one is in: Flux's
+`img_attn.qkv` is three layers of diffusers in one, and the halves of `final_layer.adaLN_modulation.1` are swapped there.
 """
 
 import re
@@ -53,6 +53,12 @@ BLOCKS: list[tuple[str, Callable[[re.Match], str]]] = [
     (r"(?<=_resnets_\d_)" + _any(_RESNET), lambda m: _RESNET[m[1]]),
     (r"^double_blocks_(\d+)_" + _any(_DOUBLE), lambda m: f"transformer_blocks_{m[1]}_{_DOUBLE[m[2]]}"),
     (r"^single_blocks_(\d+)_" + _any(_SINGLE), lambda m: f"single_transformer_blocks_{m[1]}_{_SINGLE[m[2]]}"),
+    # Vision transformers of transformers 4, in whose files they are called so still, as transformers 5 has them.
+    (r"(?<=_attention)_attention_(q|k|v)(uery|ey|alue)$", lambda m: f"_{m[1]}_proj"),
+    (r"encoder_layer_(?=\d+_)", lambda m: "layers_"),
+    (r"(?<=_attention)_output_dense$", lambda m: "_o_proj"),
+    (r"(?<=\d)_intermediate_dense$", lambda m: "_mlp_fc1"),
+    (r"(?<=\d)_output_dense$", lambda m: "_mlp_fc2"),
 ]  # fmt: skip
 # One layer there, several here: no spelling of each other, but told of.
 FUSED: list[tuple[str, str]] = [
