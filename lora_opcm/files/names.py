@@ -2,7 +2,7 @@
 
 Sources: the renaming tables of diffusers (convert_original_stable_diffusion_to_diffusers, convert_flux_to_diffusers),
 of sd-scripts and of transformers (conversion_mapping, ViTModel and Dinov2Model). Only what is one to one is in: Flux's
-`img_attn.qkv` is three layers of diffusers in one, and the halves of `final_layer.adaLN_modulation.1` are swapped there.
+`img_attn.qkv` is three layers of diffusers in one, and the halves of `final_layer.adaLN_modulation.1` swap there.
 """
 
 import re
