@@ -439,7 +439,7 @@ DATA = ("--data", "a.csv", "--data", "b.jsonl", "-o", "x")
         ([*LABELLED, "-o", "x", "--method", "opcm:beta=1"], "opcm has no option 'beta'"),
         ([*LABELLED, "-o", "x", "--method", "opcm:alpha=2"], "alpha must be"),
         ([*LABELLED, "-o", "x", "--method", "opcm:scale=2"], "the scale is what is chosen"),
-        ([*LABELLED, "-o", "x", "--method", "regmean"], "it needs data"),
+        ([*LABELLED, "-o", "x", "--method", "regmean"], "regmean needs Gram matrices"),
         (["tune", "a", "b", "--base", "nowhere", *DATA], "cannot load the base model 'nowhere'"),
         (["tune", "other", "other", "--base", "base", *DATA], "the base model has no module 'encoder.query'"),
         (["tune", "wide", "wide", "--base", "base", *DATA], "the weight is (48, 32), the update (48, 16)"),

@@ -91,8 +91,8 @@ def _candidate(text: str) -> tuple[str, dict[str, Any]]:
 
     name, _, rest = text.partition(":")
     entry, options = method_of(name), parse(rest.split(",") if rest else None, name)
-    if entry.data or "scale" in options:
-        raise ValueError(f"--method {text}: {'it needs data' if entry.data else 'the scale is what is chosen'}")
+    if "scale" in options:
+        raise ValueError(f"--method {text}: the scale is what is chosen")
     entry.check(**options)
     return name, options
 
