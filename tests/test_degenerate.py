@@ -9,6 +9,7 @@ import torch
 
 import lora_opcm as lo
 from lora_opcm import testing
+from lora_opcm.lowrank import add
 from lora_opcm.merging.method import _table, merge_method
 from lora_opcm.merging.plan import plan
 from lora_opcm.testing import check_method
@@ -80,6 +81,28 @@ def test_a_gauge_and_columns_of_zeros_do_not_set_a_rank(method, m):
     assert gap(other["w"], dense(plain["w"])) < 1e-9
     unheard = lo.merge([lo.Adapter({"w": u}) for u in [*bare, draw.update(m, 44, 5)]], method, weights=[1, 1, 1, 0])
     assert unheard["w"].rank == 2
+
+
+@pytest.mark.parametrize("space", ["core", "updates", "dense"])
+def test_the_largest_rank_is_that_of_an_update_in_every_space(space):
+    """And an adapter that lacks a module has rank nought there."""
+
+    def total(inside):
+        """The sum."""
+        return inside.total() if space == "core" else add(inside) if space == "updates" else sum(inside)
+
+    merge_method("whole", space=space, source="a test", keeps="one sum", largest=True)(total)
+    draw = Draw()
+    try:
+        updates = [padded(draw.update(20, 24, r, SINGLE), 9) for r in (2, 4)]
+        adapters = [lo.Adapter({"w": u, "v": u}) for u in updates]
+        adapters[1] = adapters[1].with_modules({"w": updates[1]})
+        merged = lo.merge(adapters, "whole", ragged=True)
+    finally:
+        del _table["whole"]
+    assert (merged["w"].rank, merged["v"].rank) == (4, 2)
+    u, s, vh = np.linalg.svd(dense(updates[0]) + dense(updates[1]), full_matrices=False)
+    assert gap(merged["w"], (u[:, :4] * s[:4]) @ vh[:4]) < 1e-5 and gap(merged["v"], dense(updates[0])) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["karcher_mean", "quotient_mean", "chordal_mean"])

@@ -1,5 +1,6 @@
 """Measures of overlap from the weights, against dense arithmetic; the published table is of the published pairs."""
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -54,6 +55,29 @@ def test_chance_is_what_random_updates_of_these_shapes_show():
     expected = predictors.chance()
     assert list(expected.index) == ["|cosine|", "φ outputs", "φ inputs"]
     assert (shown[expected.index] / expected).between(0.87, 1.13).all(), shown
+
+
+def test_the_size_of_a_cosine_by_chance_is_less_than_a_normal_number_has():
+    """The words of *Two nulls*: the mean square is 1/mn, the mean size a few hundredths below that of a normal number.
+
+    Of two updates in random frames, with the spectra of shipped adapters: Σ σᵢτⱼ (uᵢ·u'ⱼ)(vᵢ·v'ⱼ).
+    """
+    rng, times = np.random.default_rng(0), []
+    one, other = (lo.load_adapter(lo.adapter_path(task)) for task in ("ng-sci", "tweets"))
+
+    def products(size, r, k):
+        """Of two frames, shape=[draws, r, k]: the first rows of one uniform frame."""
+        q, triangle = np.linalg.qr(rng.normal(size=(500, size, k)))
+        return (q * np.sign(np.diagonal(triangle, axis1=1, axis2=2))[:, None])[:, :r]
+
+    for name in list(one)[::6]:
+        s, t = (adapter[name].svd()[1].numpy().astype(float) for adapter in (one, other))
+        left, right = (products(size, len(s), len(t)) for size in one[name].shape)
+        cosines = np.einsum("i,j,bij,bij->b", s, t, left, right) / np.linalg.norm(s) / np.linalg.norm(t)
+        times.append(cosines * math.sqrt(math.prod(one[name].shape)))
+    times = np.array(times)
+    assert np.sqrt((times**2).mean()) == pytest.approx(1, abs=0.06)
+    assert 0.02 < 1 - np.abs(times).mean() / np.sqrt((times**2).mean()) / np.sqrt(2 / np.pi) < 0.09
 
 
 def test_adapters_with_shuffled_labels_overlap_more():

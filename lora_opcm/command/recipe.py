@@ -19,7 +19,6 @@ from ..files.joint import spelled_in
 from ..files.peft import CONFIG, WEIGHTS
 from ..files.table import expect_format, names_in
 from ..files.write import one_file
-from ..lowrank import LowRank
 from ..merging.merge import merge
 from ..merging.method import table
 from ..numerics import rounding
@@ -275,7 +274,7 @@ def distance(a: Adapter, b: Adapter) -> tuple[float, str]:
         if x.shape != b[name].shape:
             return float("inf"), name
         y, same = b[name], torch.equal(x.left, b[name].left) and torch.equal(x.right, b[name].right)
-        gaps[name] = 0.0 if same else _norm(x.to(torch.float64) + -1 * y.to(torch.float64))
+        gaps[name] = 0.0 if same else (x.to(torch.float64) + -1 * y.to(torch.float64)).norm()
     total = sum(g**2 for g in gaps.values()) ** 0.5
     norm = b.norm()
     found = [(total and (total / norm if norm else float("inf")), max(gaps, key=gaps.__getitem__))]
@@ -285,12 +284,6 @@ def distance(a: Adapter, b: Adapter) -> tuple[float, str]:
             return float("inf"), name
         found.append((float((one - other).norm() / other.norm()) if not torch.equal(one, other) else 0.0, name))
     return max(found)
-
-
-def _norm(update: LowRank) -> float:
-    """‖ΔW‖ of a difference: by triangular factors, since Gram matrices would lose half its digits."""
-    r_left, r_right = (torch.linalg.qr(x, mode="r")[1] for x in (update.left, update.right.mT))
-    return float((r_left @ r_right.mT).norm())
 
 
 def relative_rounding(adapter: Adapter) -> float:

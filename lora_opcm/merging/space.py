@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..lowrank import LowRank, add, leading
@@ -29,11 +30,13 @@ class Merged(NamedTuple):
 
 
 class Space(NamedTuple):
-    """What a rule is given of one module, how its result becomes an update, and how large that and its parts are."""
+    """What a rule is given of one module, how its result becomes an update, how large that and its parts are, and of
+    what ranks these."""
 
     enter: Callable[[Sequence[LowRank]], Any]
     leave: Callable[[Any, Any, int | None, float | None], tuple[LowRank, float]]
     sizes: Callable[[Any, Any], list[list[float]]]
+    ranks: Callable[[Any], list[int]]
 
 
 def _leave_core(core: Core, found, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
@@ -60,16 +63,18 @@ def _sizes_of_updates(updates: list[LowRank], found) -> list[list[float]]:
 
 
 SPACES = {
-    "core": Space(Core.of, _leave_core, _sizes_in_core),
+    "core": Space(Core.of, _leave_core, _sizes_in_core, lambda core: [x.s.shape[-1] for x in core.frames()]),
     "updates": Space(
         lambda updates: [u.wide() for u in updates],
         lambda updates, found, *cut: found.truncate(*cut),
         _sizes_of_updates,
+        lambda updates: [len(u.svd()[1]) for u in updates],
     ),
     "dense": Space(
         lambda updates: [u.left.double() @ u.right.double() for u in updates],
         lambda deltas, found, *cut: leading(*nonzero_svd(found, found.dtype), *cut),
         lambda deltas, found: [[float(x.square().sum()) for x in (found, *deltas)]],
+        lambda deltas: [len(nonzero_svd(x, torch.float32)[1]) for x in deltas],
     ),
 }
 
@@ -94,7 +99,7 @@ def _cut(method: Method, inside: Any, cut: Mapping[str, Any]) -> dict[str, Any]:
     factors, which a gauge can change."""
     if not method.largest or cut["rank"] or cut["energy"]:
         return dict(cut)
-    return dict(cut) | {"rank": max(1, *(x.s.shape[-1] for x in inside.frames()))}
+    return dict(cut) | {"rank": max([1, *SPACES[method.space].ranks(inside)])}
 
 
 def merge_batch(

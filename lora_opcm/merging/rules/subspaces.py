@@ -96,7 +96,7 @@ def quotient_mean(core: Core, k: Limit = None, steps: Count = 50) -> Tensor:
 @merge_method("ctm", source="Compress then Merge, arXiv 2606.03723", scale=AUTO)
 def ctm(core: Core, k: Limit = None, rule: Rule = "sum", density: Density = 0.5) -> Tensor:
     """Compress, then merge: shared k-dimensional subspaces of most energy, then a rule on k×k coordinates."""
-    k = k or max(1, *(len(x.s) for x in core.frames()))
+    k = k or max([1, *(len(x.s) for x in core.frames())])
     left, parts, right = canonical(core)
     left, parts, right = left[:, :k], [c[:k, :k] for c in parts], right[:, :k]
     merged = torch.stack(parts).sum(0) if rule == "sum" else elect([trim(c, density) for c in parts])
